@@ -1,0 +1,2703 @@
+/* xchat: a small chat server. JSON over WebSocket, and a page to talk from. Existing
+ * workerman-chat pages and the xchat iOS app work with it unchanged.
+ *
+ *     cc -O2 -o xchat xchat.c -lssl -lcrypto && ./xchat
+ *
+ * then open http://localhost:7272/ in two windows and talk.
+ *
+ * Contents. The file reads bottom-up: what is called stands above its caller.
+ *
+ *      1. Bytes               slices, growable buffers, UTF-8, clock, log
+ *      2. JSON                strict reader that borrows, writer that escapes
+ *      3. Tables              one hash table, for rooms, clients, addresses
+ *      4. The loop            connections around one poll(2): read, write, close
+ *      5. HTTP and WebSocket  request heads, the upgrade, frames, close codes
+ *      7. Rooms               a room is a log, a member is a cursor in it
+ *      9. Chat                login, say, logout: the protocol people know
+ *     12. Page                the built-in web client, one HTML file
+ *     13. Main                options, listeners, signals
+ *
+ * The life of one message, from a browser's "hello" to a hundred screens:
+ *
+ *     poll(2) wakes       loop_run        a client's socket has bytes
+ *     read                conn_read       up to 64 KB, into one shared buffer
+ *     cut into frames     ws_feed         unmask, check UTF-8: one text message
+ *     understand          chat_message    check the rate, pick fields out of the JSON
+ *     answer              chat_say        HTML-escape, write one JSON object
+ *     append, once        room_publish    one encoded frame, to the room's log
+ *        ... other ready sockets have their turn in this round ...
+ *     send                room_flush      one send() a member, from its cursor to the
+ *                         conn_flush      end of the log, however much has come
+ *
+ * Ten messages in one round still cost one send() a member, and a member who does
+ * not read costs one integer, not a queue. That is the whole trick.
+ *
+ * Three words about memory: who OWNS something frees it; an argument is BORROWED,
+ * valid until the callee returns; unless the callee TAKES it, and owns it then.
+ *
+ * Copyright (c) 2026 the xchat authors
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+#include <arpa/inet.h>
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <openssl/evp.h>
+#include <openssl/rand.h>
+#include <openssl/sha.h>
+
+#if defined(__GNUC__)
+#define PRINTF(text, first) __attribute__((format(printf, text, first)))
+#else
+#define PRINTF(text, first)
+#endif
+
+/* glibc keeps large blocks in its heap once it has freed one, between the small ones
+ * of a thousand clients. We want them back with the system after every peak. */
+#ifdef __GLIBC__
+#include <malloc.h>
+static void memory_init(void) { mallopt(M_MMAP_THRESHOLD, 65536); }
+#else
+static void memory_init(void) {}
+#endif
+
+/* The limits a user may set: chapter 13 fills them in before anything else runs,
+ * the others only read them. */
+static struct {
+    uint32_t port, max_message, max_head, max_clients, max_per_address, max_rooms;
+    uint32_t rate, burst, backlog, ping_s, timeout_s;
+    bool verbose;
+} opt;
+
+/* Limits that nobody has asked to change yet. */
+enum {
+    NAME_MAX_BYTES = 64, ROOM_MAX_BYTES = 128, REF_MAX_BYTES = 64,
+    ROOMS_PER_CLIENT = 64,
+    JSON_DEPTH = 32,          /* arrays and objects inside each other */
+    FRAGMENTS_MAX = 10000,    /* frames that make up one message */
+    READ_BYTES = 65536,       /* read from one connection in one round */
+    OUT_HIGH = 65536,         /* who has more unread answers is not read from */
+    TICK_MS = 1000,           /* how often deadlines are looked at */
+    CLOSE_MS = 5000,          /* to send the rest, and to see the peer go */
+    LOG_LINE_MAX = 480        /* bytes; the rest is cut */
+};
+
+/* ==========================================================================
+ * 1. Bytes
+ * ==========================================================================
+ *
+ * C strings end at the first NUL and do not know their length; what comes from a
+ * network holds NULs and has a length. So text is a SLICE here: pointer and length,
+ * passed by value, into memory that somebody else owns.
+ *
+ *     GET /health HTTP/1.1\r\n...        never NUL-terminated: print a slice with
+ *         ^-----^  p, len 7              "%.*s" and F(s)
+ *
+ * What grows is a BUFFER, which owns its bytes and can lose its front:
+ *
+ *     p                off           off + len           cap
+ *     | dropped        | live bytes  | room to grow      |
+ *
+ * Dropping moves `off`; bytes move back to p only when more than half of the space is
+ * dropped, so about once in their life. Every buffer that the network can fill has a
+ * limit elsewhere; out of memory ends the program, with a line in the log.
+ *
+ * Owns: the clock of this round. Calls: libc. Called by: everybody.
+ */
+
+typedef struct {
+    const char *p;
+    size_t len;
+} slice;
+
+#define S(literal) ((slice){"" literal "", sizeof(literal) - 1})
+#define F(s) (int)(s).len, (s).p
+
+static slice slice_of(const char *s) { return (slice){s, strlen(s)}; }
+static slice slice_take(slice s, size_t n) { return assert(n <= s.len), (slice){s.p, n}; }
+static slice slice_cut(slice s, size_t n) { return assert(n <= s.len), (slice){s.p + n, s.len - n}; }
+static bool slice_eq(slice a, slice b) { return a.len == b.len && memcmp(a.p, b.p, a.len) == 0; }
+static bool slice_starts(slice s, slice head) { return s.len >= head.len && memcmp(s.p, head.p, head.len) == 0; }
+static char lower(char c) { return c >= 'A' && c <= 'Z' ? (char)(c + ('a' - 'A')) : c; }
+
+static bool slice_eqcase(slice a, slice b) {
+    size_t i = 0;
+    while (i < a.len && i < b.len && lower(a.p[i]) == lower(b.p[i])) i++;
+    return a.len == b.len && i == a.len;
+}
+
+/* Without blanks and tabs at both ends. */
+static slice slice_trim(slice s) {
+    while (s.len > 0 && (*s.p == ' ' || *s.p == '\t')) s = slice_cut(s, 1);
+    while (s.len > 0 && (s.p[s.len - 1] == ' ' || s.p[s.len - 1] == '\t')) s.len--;
+    return s;
+}
+
+/* Takes what stands before the first `at` off `rest`, and the `at` with it. */
+static slice slice_split(slice *rest, char at) {
+    const char *end = memchr(rest->p, at, rest->len);
+    slice head = slice_take(*rest, end != NULL ? (size_t)(end - rest->p) : rest->len);
+    *rest = slice_cut(*rest, head.len + (end != NULL ? 1 : 0));
+    return head;
+}
+
+/* At most 10 digits of this base; -1 for anything else. */
+static int64_t slice_number(slice s, int base) {
+    int64_t n = s.len > 0 && s.len <= 10 ? 0 : -1;
+    for (size_t i = 0; i < s.len && n >= 0; i++) {
+        char c = lower(s.p[i]);
+        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : base;
+        n = digit < base ? n * base + digit : -1;
+    }
+    return n;
+}
+
+/* The clock is read once a round, so that a round happens at one time. */
+static struct {
+    int64_t ms;      /* monotonic: for deadlines */
+    time_t wall;     /* what a person's watch says... */
+    char text[20];   /* ...as "2026-11-23 09:00:00", local time */
+} now;
+
+static void clock_read(void) {
+    struct timespec t;
+    struct tm tm;
+    time_t wall = time(NULL);
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    now.ms = (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+    if (wall != now.wall && localtime_r(&wall, &tm) != NULL)
+        strftime(now.text, sizeof now.text, "%Y-%m-%d %H:%M:%S", &tm);
+    now.wall = wall;
+}
+
+/* One event, one line on stderr. Control characters would let a peer write lines of
+ * its own, and bytes above 0x7e mean different things to different terminals: both
+ * are shown as \xHH. errno stays as it was. */
+PRINTF(2, 3) static void log_line(const char *level, const char *format, ...) {
+    char raw[LOG_LINE_MAX], line[4 * LOG_LINE_MAX + 64];
+    int saved = errno, at = snprintf(line, sizeof line, "%s %-5s ", now.text, level);
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(raw, sizeof raw, format, args);
+    va_end(args);
+    for (int i = 0; i < n && i < LOG_LINE_MAX - 1; i++) {
+        bool plain = raw[i] >= ' ' && raw[i] <= '~' && raw[i] != '\\';
+        at += snprintf(line + at, sizeof line - (size_t)at, plain ? "%c" : "\\x%02x", (unsigned char)raw[i]);
+    }
+    at += snprintf(line + at, sizeof line - (size_t)at, n >= LOG_LINE_MAX ? "...\n" : "\n");
+    while (write(STDERR_FILENO, line, (size_t)at) < 0 && errno == EINTR) continue;
+    errno = saved;
+}
+
+#define log_info(...) log_line("info", __VA_ARGS__)
+#define log_warn(...) log_line("warn", __VA_ARGS__)
+#define log_debug(...) (opt.verbose ? log_line("debug", __VA_ARGS__) : (void)0)
+#define die(...) (log_line("error", __VA_ARGS__), exit(1))     /* cannot start, or go on */
+#define usage(...) (log_line("error", __VA_ARGS__), exit(2))   /* a wrong option */
+
+struct buf {
+    char *p;
+    uint32_t off, len, cap;
+};
+
+static void *xrealloc(void *p, size_t n) {
+    if ((p = realloc(p, n)) == NULL) die("out of memory (%zu bytes)", n);
+    return p;
+}
+
+static void *xcalloc(size_t n) { return memset(xrealloc(NULL, n), 0, n); }
+static slice buf_slice(const struct buf *b) { return b->len > 0 ? (slice){b->p + b->off, b->len} : S(""); }
+
+static void buf_free(struct buf *b) {
+    free(b->p);
+    *b = (struct buf){0};
+}
+
+/* Makes room for n more bytes and returns where they go; the caller writes them and
+ * adds to `len`. */
+static char *buf_room(struct buf *b, size_t n) {
+    size_t need = b->len + n, cap = need < 2 * (size_t)b->cap ? 2 * (size_t)b->cap : (need + 63) / 64 * 64;
+    if (cap > INT32_MAX) die("a buffer of %zu bytes is beyond every limit", need);
+    if (b->off + need > b->cap) {
+        bool fits = need <= b->cap && b->off >= b->cap / 2;
+        char *p = fits ? b->p : xrealloc(NULL, cap);
+        if (b->len > 0) memmove(p, b->p + b->off, b->len);
+        if (!fits) free(b->p);
+        *b = (struct buf){p, 0, b->len, fits ? b->cap : (uint32_t)cap};
+    }
+    return b->p + b->off + b->len;
+}
+
+static void buf_add(struct buf *b, slice s) {
+    if (s.len == 0) return;
+    memcpy(buf_room(b, s.len), s.p, s.len);
+    b->len += (uint32_t)s.len;
+}
+
+static void buf_addc(struct buf *b, char c) { buf_add(b, (slice){&c, 1}); }
+
+PRINTF(2, 3) static void buf_printf(struct buf *b, const char *format, ...) {
+    va_list args, again;
+    va_start(args, format);
+    va_copy(again, args);
+    int n = vsnprintf(NULL, 0, format, args);
+    b->len += (uint32_t)vsnprintf(buf_room(b, (size_t)n + 1), (size_t)n + 1, format, again);
+    va_end(again);
+    va_end(args);
+}
+
+/* Forgets n bytes at the front. */
+static void buf_drop(struct buf *b, size_t n) {
+    assert(n <= b->len);
+    b->len -= (uint32_t)n;
+    b->off = b->len > 0 ? b->off + (uint32_t)n : 0;
+}
+
+static void buf_clear(struct buf *b) { buf_drop(b, b->len); }
+
+/* UTF-8 (RFC 3629), checked as the bytes come; zeroed between two characters.
+ *
+ *     first byte   following bytes          why the second byte is special
+ *     00..7f       -
+ *     c2..df       1                        c0, c1 would be overlong
+ *     e0..ef       2   e0: then a0..bf      shorter ones would be overlong
+ *                      ed: then 80..9f      above are the surrogates
+ *     f0..f4       3   f0: then 90..bf      shorter ones would be overlong
+ *                      f4: then 80..8f      above U+10FFFF
+ */
+struct utf8 {
+    uint8_t missing, min, max;   /* following bytes to come, and what the next may be */
+};
+
+/* False at the first byte that no valid text could have there. At the end of the
+ * text `missing` must be 0. */
+static bool utf8_feed(struct utf8 *u, slice s) {
+    for (size_t i = 0; i < s.len; i++) {
+        for (uint64_t eight; u->missing == 0 && s.len - i > 8; i += 8) {   /* plain ASCII */
+            memcpy(&eight, s.p + i, 8);
+            if ((eight & 0x8080808080808080u) != 0) break;
+        }
+        unsigned char c = (unsigned char)s.p[i];
+        if (u->missing > 0) {
+            if (c < u->min || c > u->max) return false;
+            *u = (struct utf8){(uint8_t)(u->missing - 1), 0x80, 0xbf};
+        } else if (c >= 0x80) {
+            if (c < 0xc2 || c > 0xf4) return false;
+            u->missing = c >= 0xf0 ? 3 : c >= 0xe0 ? 2 : 1;
+            u->min = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80;
+            u->max = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
+        }
+    }
+    return true;
+}
+
+static bool utf8_valid(slice s) {
+    struct utf8 u = {0};
+    return utf8_feed(&u, s) && u.missing == 0;
+}
+
+/* ==========================================================================
+ * 2. JSON
+ * ==========================================================================
+ *
+ * A message is one JSON object (RFC 8259). We look at a handful of its fields and
+ * must reject it as a whole when anything in it is wrong. One walk over the text does
+ * both: it checks every byte, and notes where the wanted values stand. Nothing is
+ * copied, nothing is allocated:
+ *
+ *     {"type":"say", "content":"a\u00e9b", "extra":[1,{}]}
+ *             ^---^            ^--------^
+ *             raw values: slices of the input, quotes included
+ *
+ * The only stack is one bit per open bracket, 1 for an object and 0 for an array, so
+ * a million "[" cost what 33 of them cost: the limit is reached.
+ *
+ * Strings are decoded when somebody wants their text, into a buffer of the caller.
+ * PHP clients know no types: json_text() turns numbers, true and null into text as
+ * PHP would.
+ *
+ * Owns: nothing. Calls: 1 Bytes. Called by: 9 Chat.
+ * Promises: never reads outside the text, never recurses.
+ */
+
+struct json {          /* a reader */
+    const char *p, *end;
+    const char *why;   /* once set: what is wrong at p */
+};
+
+struct json_field {
+    const char *name;  /* wanted */
+    slice raw;         /* found: a slice of the text; p is NULL when it is missing */
+};
+
+static bool json_fail(struct json *j, const char *why) {
+    if (j->why == NULL) j->why = why;
+    return false;
+}
+
+static void json_space(struct json *j) {
+    while (j->p < j->end && (*j->p == ' ' || *j->p == '\t' || *j->p == '\n' || *j->p == '\r')) j->p++;
+}
+
+/* Takes c if it comes next, behind white space. */
+static bool json_take(struct json *j, char c) {
+    json_space(j);
+    bool here = j->why == NULL && j->p < j->end && *j->p == c;
+    j->p += here ? 1 : 0;
+    return here;
+}
+
+/* The \uXXXX at p, or -1. */
+static int64_t json_unit(const char *p, const char *end) {
+    return end - p >= 6 && p[0] == '\\' && p[1] == 'u' ? slice_number((slice){p + 2, 4}, 16) : -1;
+}
+
+/* Goes behind the escape at p. A half of a surrogate pair is only right beside the
+ * other one (RFC 8259, section 7). */
+static bool json_escape(struct json *j) {
+    char c = j->end - j->p >= 2 ? j->p[1] : '\0';
+    if (c != '\0' && strchr("\"\\/bfnrt", c) != NULL) return j->p += 2, true;
+    int64_t unit = json_unit(j->p, j->end);
+    if (unit < 0) return json_fail(j, "bad escape in a string");
+    j->p += 6;
+    if (unit < 0xd800 || unit > 0xdfff) return true;
+    int64_t low = unit < 0xdc00 ? json_unit(j->p, j->end) : -1;
+    if (low < 0xdc00 || low > 0xdfff) return json_fail(j, "lone surrogate in a string");
+    j->p += 6;
+    return true;
+}
+
+static bool json_string(struct json *j) {
+    for (j->p++; j->p < j->end && *j->p != '"';) {
+        if ((unsigned char)*j->p < 0x20) return json_fail(j, "raw control character in a string");
+        if (*j->p != '\\') j->p++;
+        else if (!json_escape(j)) return false;
+    }
+    if (j->p == j->end) return json_fail(j, "string without an end");
+    j->p++;
+    return true;
+}
+
+static size_t json_digits(struct json *j) {
+    const char *start = j->p;
+    while (j->p < j->end && *j->p >= '0' && *j->p <= '9') j->p++;
+    return (size_t)(j->p - start);
+}
+
+static bool json_is_next(const struct json *j, const char *set) {
+    return j->p < j->end && *j->p != '\0' && strchr(set, *j->p) != NULL;
+}
+
+/* -? (0 | [1-9][0-9]*) (. [0-9]+)? ([eE] [+-]? [0-9]+)? */
+static bool json_number(struct json *j) {
+    if (*j->p == '-') j->p++;
+    bool zero = json_is_next(j, "0");
+    size_t digits = json_digits(j);
+    bool ok = digits > 0 && (digits == 1 || !zero);
+    if (ok && json_is_next(j, ".")) j->p++, ok = json_digits(j) > 0;
+    if (ok && json_is_next(j, "eE")) {
+        j->p++;
+        if (json_is_next(j, "+-")) j->p++;
+        ok = json_digits(j) > 0;
+    }
+    return ok || json_fail(j, "bad number");
+}
+
+/* A string, a number, true, false or null. */
+static bool json_scalar(struct json *j) {
+    slice rest = {j->p, (size_t)(j->end - j->p)}, words[] = {S("true"), S("false"), S("null")};
+    if (json_is_next(j, "\"")) return json_string(j);
+    if (json_is_next(j, "-0123456789")) return json_number(j);
+    for (size_t i = 0; i < 3; i++)
+        if (slice_starts(rest, words[i])) return j->p += words[i].len, true;
+    return json_fail(j, rest.len > 0 ? "a value was expected" : "the text ends too early");
+}
+
+/* The key of a member, and its colon; returns the raw key. */
+static slice json_key(struct json *j) {
+    json_space(j);
+    slice key = {j->p, 0};
+    if (!json_is_next(j, "\"")) json_fail(j, "a key in quotes was expected");
+    else if (json_string(j)) key.len = (size_t)(j->p - key.p);
+    if (!json_take(j, ':')) json_fail(j, "':' was expected");
+    return key;
+}
+
+/* One whole value, at most `levels` brackets inside each other. Returns its raw text;
+ * look at j->why before using it. */
+static slice json_value(struct json *j, int levels) {
+    uint64_t objects = 0;   /* bit 0: is the innermost open bracket an object? */
+    int depth = 0;
+    json_space(j);
+    slice raw = {j->p, 0};
+    do {
+        bool object = json_take(j, '{');
+        if (object || json_take(j, '[')) {
+            if (++depth > levels) json_fail(j, "nested too deeply");
+            objects = objects << 1 | (object ? 1 : 0);
+            if (!json_take(j, object ? '}' : ']')) {
+                if (object) json_key(j);
+                continue;
+            }
+            depth--, objects >>= 1;
+        } else {
+            json_scalar(j);
+        }
+        /* Behind a value: close brackets until there is a next value. */
+        while (depth > 0 && j->why == NULL && !json_take(j, ',')) {
+            if (!json_take(j, objects & 1 ? '}' : ']')) json_fail(j, "',' or a closing bracket was expected");
+            depth--, objects >>= 1;
+        }
+        if (depth > 0 && (objects & 1)) json_key(j);
+    } while (depth > 0 && j->why == NULL);
+    raw.len = (size_t)(j->p - raw.p);
+    return raw;
+}
+
+/* Decodes one character of a checked string: `text` moves behind it, `out` gets its
+ * UTF-8 bytes. Returns how many. */
+static size_t json_char(slice *text, char out[4]) {
+    static const char from[] = "bfnrt", to[] = "\b\f\n\r\t";
+    size_t used = *text->p != '\\' ? 1 : text->p[1] != 'u' ? 2 : 6, n = 1;
+    const char *plain = used == 2 ? strchr(from, text->p[1]) : NULL;
+    out[0] = plain != NULL ? to[plain - from] : text->p[used == 2 ? 1 : 0];
+    if (used == 6) {
+        uint32_t code = (uint32_t)json_unit(text->p, text->p + 6);
+        if (code >= 0xd800 && code <= 0xdbff) {
+            code = 0x10000 + ((code - 0xd800) << 10) + ((uint32_t)json_unit(text->p + 6, text->p + 12) - 0xdc00);
+            used = 12;
+        }
+        n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+        static const unsigned char head[] = {0, 0, 0xc0, 0xe0, 0xf0};
+        for (size_t i = n; i-- > 0; code >>= 6)
+            out[i] = (char)(i > 0 ? 0x80 | (code & 0x3f) : head[n] | code);
+    }
+    *text = slice_cut(*text, used);
+    return n;
+}
+
+static slice json_inside(slice raw) { return (slice){raw.p + 1, raw.len - 2}; }
+
+/* Is this raw string the text `name`? "\u0074ype" is "type". */
+static bool json_is(slice raw, const char *name) {
+    slice rest = raw.len >= 2 && *raw.p == '"' ? json_inside(raw) : S("?"), wanted = slice_of(name);
+    char utf8[4] = "";
+    while (rest.len > 0) {
+        slice c = {utf8, json_char(&rest, utf8)};
+        if (!slice_starts(wanted, c)) return false;
+        wanted = slice_cut(wanted, c.len);
+    }
+    return wanted.len == 0;
+}
+
+/* Checks the whole text and finds the wanted fields of its object; of a key that
+ * comes twice the last one wins. Returns NULL, or what is wrong at byte *at. */
+static const char *json_pick(slice text, struct json_field *fields, size_t n, size_t *at) {
+    struct json j = {text.p, text.p + text.len, utf8_valid(text) ? NULL : "not UTF-8"};
+    if (!json_take(&j, '{')) json_fail(&j, "an object was expected");
+    if (!json_take(&j, '}')) {
+        do {
+            slice key = json_key(&j), raw = j.why == NULL ? json_value(&j, JSON_DEPTH - 1) : S("");
+            for (size_t i = 0; i < n && j.why == NULL; i++)
+                if (json_is(key, fields[i].name)) fields[i].raw = raw;
+        } while (json_take(&j, ','));
+        if (!json_take(&j, '}')) json_fail(&j, "',' or '}' was expected");
+    }
+    json_space(&j);
+    if (j.p != j.end) json_fail(&j, "text behind the object");
+    *at = (size_t)(j.p - text.p);
+    return j.why;
+}
+
+/* A number in the shortest of the forms that read back: 1.50 is "1.5", 1e3 is "1000".
+ * False for one that a double cannot hold. */
+static bool json_number_text(slice raw, struct buf *b) {
+    char text[64] = "";
+    memcpy(text, raw.p, raw.len < sizeof text ? raw.len : 0);
+    double value = strtod(text, NULL);
+    bool whole = strpbrk(text, ".eE") == NULL && raw.len <= 18, ok = *text != '\0' && value <= 1e308 && value >= -1e308;
+    if (ok && !whole) snprintf(text, sizeof text, "%.15g", value);
+    if (ok && !whole && strtod(text, NULL) != value) snprintf(text, sizeof text, "%.17g", value);
+    if (ok) buf_add(b, slice_of(text));
+    return ok;
+}
+
+/* Appends the text of a raw value as PHP would turn it into a string: true is "1";
+ * false, null and nothing are "". False for an array, an object and an impossible number. */
+static bool json_text(slice raw, struct buf *b) {
+    char c = raw.p != NULL ? *raw.p : 'n';
+    slice rest = c == '"' ? json_inside(raw) : c == 't' ? S("1") : S("");
+    while (rest.len > 0) {
+        const char *escape = memchr(rest.p, '\\', rest.len);
+        size_t plain = escape != NULL ? (size_t)(escape - rest.p) : rest.len;
+        buf_add(b, slice_take(rest, plain));
+        rest = slice_cut(rest, plain);
+        if (escape != NULL) b->len += (uint32_t)json_char(&rest, buf_room(b, 4));
+    }
+    return c == '-' || (c >= '0' && c <= '9') ? json_number_text(raw, b) : c != '{' && c != '[';
+}
+
+/* ---- Writing. A message is built in a buffer, from the outside in:
+ *
+ *     buf_addc(b, '{');                      {
+ *     json_add(b, "type", S("say"));         {"type":"say"
+ *     buf_addc(b, '}');                      {"type":"say"}
+ *
+ * Text stays UTF-8. The clients of this protocol put names and contents into their
+ * pages as HTML, so text of people becomes HTML on its way in (html_escape). ---- */
+
+struct escapes {
+    const char *from, *to[7];   /* characters, and what stands for each */
+    bool controls;              /* are other control characters escaped? */
+};
+
+static const struct escapes json_escapes = {
+    "\"\\\b\f\n\r\t", {"\\\"", "\\\\", "\\b", "\\f", "\\n", "\\r", "\\t"}, true};
+static const struct escapes html_escapes = {"&<>\"'", {"&amp;", "&lt;", "&gt;", "&quot;", "&#039;"}, false};
+
+/* Appends s, escaped; what needs no change is copied in long pieces. */
+static void escape(struct buf *b, slice s, const struct escapes *e) {
+    size_t run = 0;
+    for (size_t i = 0; i < s.len; i++) {
+        unsigned char c = (unsigned char)s.p[i];
+        const char *at = c != '\0' ? strchr(e->from, c) : NULL;
+        if (at == NULL && (c >= 0x20 || !e->controls)) continue;
+        buf_add(b, (slice){s.p + run, i - run});
+        if (at != NULL) buf_add(b, slice_of(e->to[at - e->from]));
+        else buf_printf(b, "\\u%04x", c);
+        run = i + 1;
+    }
+    buf_add(b, slice_cut(s, run));
+}
+
+static void json_quote(struct buf *b, slice s) {
+    buf_addc(b, '"');
+    escape(b, s, &json_escapes);
+    buf_addc(b, '"');
+}
+
+/* A key, with a comma in front unless it is the first. */
+static void json_name(struct buf *b, const char *name) {
+    if (b->len > 0 && b->p[b->off + b->len - 1] != '{') buf_addc(b, ',');
+    json_quote(b, slice_of(name));
+    buf_addc(b, ':');
+}
+
+static void json_add(struct buf *b, const char *name, slice value) {
+    json_name(b, name);
+    json_quote(b, value);
+}
+
+/* Appends text as HTML. If `breaks`, each line end (\n, \r\n, \n\r or \r) gets a
+ * "<br />" in front, and stays. */
+static void html_escape(struct buf *b, slice s, bool breaks) {
+    for (size_t n = 0; s.len > 0; n = 0) {
+        while (n < s.len && !(breaks && (s.p[n] == '\n' || s.p[n] == '\r'))) n++;
+        escape(b, slice_take(s, n), &html_escapes);
+        s = slice_cut(s, n);
+        if (s.len == 0) return;
+        bool pair = s.len > 1 && (s.p[1] == '\n' || s.p[1] == '\r') && s.p[1] != s.p[0];
+        buf_add(b, S("<br />"));
+        buf_add(b, slice_take(s, pair ? 2 : 1));
+        s = slice_cut(s, pair ? 2 : 1);
+    }
+}
+
+/* ==========================================================================
+ * 3. Tables
+ * ==========================================================================
+ *
+ * Rooms, clients and addresses are found by name in a hash table with linear probing:
+ * an item stands in the slot its hash names or, if that is taken, in the next free one
+ * behind it (slot 0 follows the last).
+ *
+ * Deletion is the part that everybody gets wrong. Emptying a slot would cut off the
+ * items that were pushed behind it; a "was here" mark would fill the table with marks.
+ * So the hole is filled from behind, as long as something there may move:
+ *
+ *     slot    1   2   3   4   5          a, b, d hash to 1; c to 4
+ *           | a | b | d | c |   |        remove a: b may move to 1, then d to 2;
+ *           | b | d |   | c |   |        c is at home, and 5 is empty: done
+ *
+ * Names come from strangers, who could choose a thousand that hash alike: the hash is
+ * keyed with random bytes. A cryptographic one is not fast, but looking up is rare.
+ *
+ * Owns: the key of the hash. Calls: 1 Bytes.
+ * Called by: 5 HTTP and WebSocket, 7 Rooms, 9 Chat.
+ */
+
+enum { TABLE_KEY_MAX = 128 };
+
+static struct {
+    unsigned char secret[16];
+} tables;
+
+struct table {
+    slice (*key)(const void *item);   /* the key, at most TABLE_KEY_MAX bytes, is in the item */
+    void **slot;
+    size_t cap, n;                    /* cap is 0 or a power of two */
+};
+
+static size_t table_home(const struct table *t, slice key) {
+    unsigned char text[sizeof tables.secret + TABLE_KEY_MAX], hash[SHA256_DIGEST_LENGTH];
+    size_t home;
+    assert(key.len <= TABLE_KEY_MAX);
+    memcpy(text, tables.secret, sizeof tables.secret);
+    memcpy(text + sizeof tables.secret, key.p, key.len);
+    SHA256(text, sizeof tables.secret + key.len, hash);
+    memcpy(&home, hash, sizeof home);
+    return home & (t->cap - 1);
+}
+
+/* The slot where an item of this key is, or where it would go. */
+static size_t table_slot(const struct table *t, slice key) {
+    size_t i = table_home(t, key);
+    while (t->slot[i] != NULL && !slice_eq(t->key(t->slot[i]), key)) i = (i + 1) & (t->cap - 1);
+    return i;
+}
+
+/* The item of this key, or NULL. */
+static void *table_find(const struct table *t, slice key) {
+    return t->cap > 0 ? t->slot[table_slot(t, key)] : NULL;
+}
+
+static void table_resize(struct table *t, size_t cap) {
+    struct table next = {t->key, xcalloc(cap * sizeof(void *)), cap, t->n};
+    for (size_t i = 0; i < t->cap; i++)
+        if (t->slot[i] != NULL) next.slot[table_slot(&next, t->key(t->slot[i]))] = t->slot[i];
+    free(t->slot);
+    *t = next;
+}
+
+/* Borrows the item until it is removed. Its key must not be in the table. */
+static void table_add(struct table *t, void *item) {
+    if ((t->n + 1) * 4 > t->cap * 3) table_resize(t, t->cap > 0 ? t->cap * 2 : 8);
+    t->slot[table_slot(t, t->key(item))] = item;
+    t->n++;
+}
+
+/* Takes out the item of this key, which must be there. */
+static void table_remove(struct table *t, slice key) {
+    size_t mask = t->cap - 1, hole = table_slot(t, key);
+    for (size_t i = (hole + 1) & mask; t->slot[i] != NULL; i = (i + 1) & mask) {
+        /* May it move? Not if its home is between the hole and where it is. */
+        if (((i - table_home(t, t->key(t->slot[i]))) & mask) < ((i - hole) & mask)) continue;
+        t->slot[hole] = t->slot[i];
+        hole = i;
+    }
+    t->slot[hole] = NULL;
+    t->n--;
+    if (t->cap > 8 && t->n * 8 < t->cap) table_resize(t, t->cap / 2);
+}
+
+/* ==========================================================================
+ * 4. The loop
+ * ==========================================================================
+ *
+ * A server waits for many sockets at once and must never wait for one of them. All
+ * that has a descriptor is a `struct conn`, and poll(2) says who is ready:
+ *
+ *     loop.pfd    | signals | listener | browser | phone | browser | ...
+ *     loop.conn   |    o    |    o     |    o    |   o   |    o    | ...
+ *
+ * A protocol is a chapter that supplies a `struct proto`: one function that consumes
+ * input, and a few for the turning points of a connection's life. HTTP becomes
+ * WebSocket by swapping that pointer. The CONSUME CONTRACT of every parser of a stream:
+ *
+ *     > 0   so many bytes were consumed, call again if some are left
+ *     = 0   need more bytes; nothing was consumed
+ *     < 0   the peer broke the protocol; the connection is closing
+ *
+ * One ROUND: poll; read and handle all that is ready; once a second look at the
+ * deadlines; then write what came together; and only then free what has ended.
+ *
+ * Input is read into one buffer that all share, and only an incomplete tail is kept
+ * with the connection: an idle one owns no buffer. A peer that does not read our
+ * answers is not read from either, so what it makes us say is bounded by OUT_HIGH and
+ * one answer.
+ *
+ * Ending is marking. conn_close() says: send the rest, then end. conn_lost() says:
+ * nothing can be sent any more. At the end of the round the protocol's `closed` runs,
+ * once, and then:
+ *
+ *     closing --- rest sent ---> FIN sent --- peer's FIN, or 5 s ---> freed
+ *
+ * To wait for the peer's FIN, and read what still comes, matters: closing a socket
+ * with unread input makes the kernel send a reset, which can destroy our last words
+ * (a close frame, a 431) on their way.
+ *
+ * Owns: the poll set, all connections, the read buffer. Calls: 1 Bytes.
+ * Called by: all below. Promises: nothing is freed in the middle of a round.
+ */
+
+struct addr {        /* IPv4 is kept as ::ffff:a.b.c.d, so that there is one kind */
+    uint8_t ip[16];
+    uint16_t port;
+    bool local;      /* a Unix-domain socket: no address at all */
+};
+
+struct conn;
+struct member;       /* chapter 7's */
+
+struct proto {
+    const char *name;
+    ssize_t (*feed)(struct conn *c, char *p, size_t n);        /* consumes input; may write into it */
+    void (*accepted)(struct conn *listener, struct conn *c);   /* a listener's: c is new */
+    void (*message)(struct conn *c, slice text);               /* a WebSocket's: a text came */
+    void (*tick)(struct conn *c);                              /* a second has passed */
+    void (*closed)(struct conn *c);                            /* it ends: leave, queue last words */
+    slice (*peek)(struct conn *c);                             /* what to send when `out` is empty */
+    void (*sent)(struct conn *c, size_t n);                    /* n bytes of that went out */
+};
+
+struct conn {
+    const struct proto *proto;
+    void *state;                   /* the protocol's */
+    struct member *joined;         /* the rooms it is in */
+    const char *why;               /* why it ends, for the log */
+    struct conn *next;             /* in loop.dirty */
+    struct buf in, out;            /* input that is no whole unit yet; private output */
+    int64_t heard_ms;              /* when the peer last sent something */
+    int64_t deadline_ms;           /* the protocol's; a listener accepts nothing before it */
+    int fd;
+    uint32_t slot;                 /* where it stands in the poll set */
+    uint32_t searched;             /* bytes of `in` that were looked at already */
+    struct addr peer;
+    bool dirty : 1, closing : 1, swept : 1, fin_sent : 1, eof : 1, lost : 1;
+    bool blocked : 1;                          /* the kernel's send buffer is full */
+    bool counted : 1, proxy : 1, refused : 1;  /* chapter 5's */
+};
+
+static struct {
+    struct pollfd *pfd;
+    struct conn **conn;
+    uint32_t n, cap;
+    struct conn *dirty;            /* has something to write or to end, after this round */
+    bool (*flush)(void);           /* chapter 7's: send what rooms have gathered */
+    int64_t tick_ms;               /* next look at the deadlines */
+    int64_t stop_ms;               /* when stopping: the end, whatever is left */
+    char chunk[READ_BYTES];        /* everybody's input */
+    char text[INET6_ADDRSTRLEN + 10];   /* addr_text()'s */
+} loop;
+
+static const uint8_t addr_v4[12] = {[10] = 0xff, [11] = 0xff};
+
+static bool addr_is_v4(const struct addr *a) { return memcmp(a->ip, addr_v4, 12) == 0; }
+
+static struct addr addr_of(const struct sockaddr_storage *sa) {
+    struct addr a = {.local = sa->ss_family == AF_UNIX};
+    const struct sockaddr_in *v4 = (const void *)sa;
+    const struct sockaddr_in6 *v6 = (const void *)sa;
+    bool four = sa->ss_family == AF_INET;
+    if (a.local) return a;
+    memcpy(a.ip, four ? addr_v4 : v6->sin6_addr.s6_addr, 12);
+    memcpy(a.ip + 12, four ? (const void *)&v4->sin_addr : v6->sin6_addr.s6_addr + 12, 4);
+    a.port = ntohs(four ? v4->sin_port : v6->sin6_port);
+    return a;
+}
+
+/* Reads an address without a port: "192.0.2.1", "2001:db8::1". */
+static bool addr_parse(slice s, struct addr *a) {
+    char text[INET6_ADDRSTRLEN] = "";
+    *a = (struct addr){0};
+    if (s.len >= sizeof text) return false;
+    memcpy(text, s.p, s.len);
+    memcpy(a->ip, addr_v4, 12);
+    return inet_pton(AF_INET, text, a->ip + 12) == 1 || inet_pton(AF_INET6, text, a->ip) == 1;
+}
+
+/* For the log: "192.0.2.1:4711", "[2001:db8::1]:4711", "unix". Valid until called again. */
+static const char *addr_text(const struct addr *a) {
+    char ip[INET6_ADDRSTRLEN] = "";
+    bool v4 = addr_is_v4(a);
+    inet_ntop(v4 ? AF_INET : AF_INET6, a->ip + (v4 ? 12 : 0), ip, sizeof ip);
+    snprintf(loop.text, sizeof loop.text, v4 ? "%s:%u" : "[%s]:%u", ip, a->port);
+    return a->local ? "unix" : loop.text;
+}
+
+/* ---- The poll set. ---- */
+
+/* Takes the descriptor. The connection ends by conn_close() or conn_lost(). */
+static struct conn *conn_new(int fd, const struct proto *proto, void *state) {
+    if (loop.n == loop.cap) {
+        loop.cap = loop.cap > 0 ? loop.cap * 2 : 16;
+        loop.pfd = xrealloc(loop.pfd, loop.cap * sizeof *loop.pfd);
+        loop.conn = xrealloc(loop.conn, loop.cap * sizeof *loop.conn);
+    }
+    struct conn *c = xcalloc(sizeof *c);
+    *c = (struct conn){.fd = fd, .proto = proto, .state = state, .heard_ms = now.ms, .slot = loop.n++};
+    loop.conn[c->slot] = c;
+    loop.pfd[c->slot] = (struct pollfd){.fd = fd, .events = POLLIN};
+    return c;
+}
+
+/* Has this connection looked after before the round ends. */
+static void conn_touch(struct conn *c) {
+    if (c->dirty) return;
+    c->dirty = true;
+    c->next = loop.dirty;
+    loop.dirty = c;
+}
+
+/* Ends a connection once its output is sent. `why` is a literal; the first counts. */
+static void conn_close(struct conn *c, const char *why) {
+    if (c->why == NULL) c->why = why;
+    c->closing = true;
+    conn_touch(c);
+}
+
+/* Ends a connection that cannot be written to any more. */
+static void conn_lost(struct conn *c, const char *why) {
+    c->lost = true;
+    conn_close(c, why);
+}
+
+static bool conn_paused(const struct conn *c) { return c->out.len > OUT_HIGH; }
+
+static short conn_interest(const struct conn *c) {
+    bool listens = c->proto->accepted != NULL;
+    bool reads = c->closing ? !c->eof : listens ? now.ms >= c->deadline_ms : !conn_paused(c);
+    return (short)((reads ? POLLIN : 0) | (c->blocked ? POLLOUT : 0));
+}
+
+/* ---- Reading and writing. ---- */
+
+/* Lets the protocol consume; returns how much it took. */
+static size_t conn_feed(struct conn *c, char *p, size_t n) {
+    size_t done = 0;
+    while (done < n && !c->closing && !conn_paused(c)) {
+        ssize_t k = c->proto->feed(c, p + done, n - done);
+        if (k <= 0) break;
+        done += (size_t)k;
+    }
+    return c->closing ? n : done;
+}
+
+/* Feeds what was kept, with what has come since. */
+static void conn_feed_kept(struct conn *c) {
+    buf_drop(&c->in, conn_feed(c, c->in.p + c->in.off, c->in.len));
+    if (c->in.len == 0) buf_free(&c->in);
+}
+
+static void conn_read(struct conn *c) {
+    ssize_t n = recv(c->fd, loop.chunk, sizeof loop.chunk, 0);
+    if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) conn_lost(c, "connection reset");
+    if (n == 0) c->eof = true, conn_close(c, "peer hung up");
+    if (n <= 0 || c->closing) return;   /* who is closing is read, but not heard */
+    c->heard_ms = now.ms;
+    bool kept = c->in.len > 0;
+    size_t done = kept ? 0 : conn_feed(c, loop.chunk, (size_t)n);
+    buf_add(&c->in, (slice){loop.chunk + done, (size_t)n - done});
+    if (kept) conn_feed_kept(c);
+}
+
+/* Writes what the socket takes now. False when it takes no more. */
+static bool conn_write(struct conn *c, slice s, size_t *written) {
+    ssize_t n = send(c->fd, s.p, s.len, 0);
+    bool again = n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR || errno == ENOBUFS);
+    *written = n > 0 ? (size_t)n : 0;
+    c->blocked = again || (n >= 0 && (size_t)n < s.len);
+    if (n < 0 && !again) conn_lost(c, "connection reset");
+    if (c->blocked) conn_touch(c);   /* so that poll waits for room */
+    return !c->blocked && !c->lost;
+}
+
+/* Sends what there is: the private queue, then what the protocol lends. */
+static void conn_flush(struct conn *c) {
+    bool more = !c->blocked && !c->lost && !c->fin_sent;
+    while (more) {
+        bool private = c->out.len > 0;
+        slice s = private ? buf_slice(&c->out) : c->proto->peek != NULL ? c->proto->peek(c) : S("");
+        if (s.len == 0) return;
+        size_t written;
+        more = conn_write(c, s, &written);
+        if (private) buf_drop(&c->out, written);
+        else c->proto->sent(c, written);
+    }
+}
+
+/* ---- Listening. ---- */
+
+static int fd_prepare(int fd) {
+    int one = 1, flags = fcntl(fd, F_GETFL);
+    fcntl(fd, F_SETFD, FD_CLOEXEC);
+    /* A round gathers what belongs together; waiting for more (Nagle) would only add
+     * delay. Best effort: a Unix-domain socket knows no TCP. */
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    return flags < 0 ? -1 : fcntl(fd, F_SETFL, flags | O_NONBLOCK);
+}
+
+/* Accepts some of those who wait; others have their turn too. */
+static void listener_ready(struct conn *l) {
+    for (int i = 0; i < 64; i++) {
+        struct sockaddr_storage from = {.ss_family = AF_UNIX};
+        socklen_t len = sizeof from;
+        int fd = accept(l->fd, (struct sockaddr *)&from, &len);
+        if (fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)) {
+            /* It stays in the queue, and poll would report it again at once, for ever. */
+            log_warn("accept: %s; pausing for a second", strerror(errno));
+            l->deadline_ms = now.ms + TICK_MS;
+            conn_touch(l);
+            return;
+        }
+        if (fd < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return;
+        if (fd < 0) continue;   /* ECONNABORTED and the like: that one has gone */
+        struct conn *c = conn_new(fd, l->proto, NULL);
+        c->peer = addr_of(&from);
+        l->proto->accepted(l, c);
+        if (fd_prepare(fd) != 0) conn_lost(c, "fcntl failed");
+    }
+}
+
+/* Listens at one address. NULL with errno, or the listener. */
+static struct conn *listen_at(const struct addrinfo *ai, const struct proto *proto, const void *state) {
+    int one = 1, fd = socket(ai->ai_family, SOCK_STREAM, 0), error;
+    struct sockaddr_storage bound;
+    socklen_t len = sizeof bound;
+    /* The first lets a restart not wait for old connections to be forgotten; without
+     * the second IPv6 would take the port of IPv4 too. */
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    if (ai->ai_family == AF_INET6) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one);
+    if (fd >= 0 && bind(fd, ai->ai_addr, ai->ai_addrlen) == 0 && listen(fd, 4096) == 0 && fd_prepare(fd) == 0 &&
+        getsockname(fd, (struct sockaddr *)&bound, &len) == 0) {
+        struct conn *l = conn_new(fd, proto, (void *)(uintptr_t)state);
+        l->peer = addr_of(&bound);
+        return l;
+    }
+    error = errno;
+    if (fd >= 0) close(fd);
+    errno = error;
+    return NULL;
+}
+
+/* Listens on a Unix-domain socket. A file left behind by a server that died is
+ * replaced, one that is answered is not. NULL, or what went wrong. */
+static const char *listen_unix(const char *path, const struct proto *proto, const void *state) {
+    struct sockaddr_un sa = {.sun_family = AF_UNIX};
+    struct addrinfo ai = {.ai_family = AF_UNIX, .ai_addr = (struct sockaddr *)&sa, .ai_addrlen = sizeof sa};
+    struct stat st;
+    snprintf(sa.sun_path, sizeof sa.sun_path, "%s", path);
+    int probe = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (stat(path, &st) == 0 && S_ISSOCK(st.st_mode) && connect(probe, ai.ai_addr, sizeof sa) != 0 &&
+        errno == ECONNREFUSED) unlink(path);
+    if (probe >= 0) close(probe);
+    if (listen_at(&ai, proto, state) == NULL) return strerror(errno);
+    log_info("listening on unix:%s", path);
+    return NULL;
+}
+
+/* Listens on every address of this host; "" is every address there is. All get the
+ * same port, also when the kernel is to choose one. NULL, or what went wrong. */
+static const char *listen_tcp(const char *host, uint16_t port, const struct proto *proto, const void *state) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *list;
+    int error = getaddrinfo(*host != '\0' ? host : NULL, "0", &hints, &list), failed = EADDRNOTAVAIL;
+    if (error != 0) return gai_strerror(error);
+    for (struct addrinfo *ai = list; ai != NULL; ai = ai->ai_next) {
+        if (ai->ai_family == AF_INET) ((struct sockaddr_in *)(void *)ai->ai_addr)->sin_port = htons(port);
+        else ((struct sockaddr_in6 *)(void *)ai->ai_addr)->sin6_port = htons(port);
+        struct conn *l = listen_at(ai, proto, state);
+        if (l == NULL && (errno == EAFNOSUPPORT || errno == EADDRNOTAVAIL)) continue;   /* no IPv6, say */
+        failed = l == NULL ? errno : 0;
+        if (l == NULL) break;
+        port = l->peer.port;
+        log_info("listening on %s", addr_text(&l->peer));
+    }
+    freeaddrinfo(list);
+    return failed != 0 ? strerror(failed) : NULL;
+}
+
+/* ---- The end of a round. ---- */
+
+static void conn_free(struct conn *c) {
+    close(c->fd);
+    loop.n--;
+    loop.pfd[c->slot] = loop.pfd[loop.n];
+    loop.conn[c->slot] = loop.conn[loop.n];
+    loop.conn[c->slot]->slot = c->slot;
+    buf_free(&c->in);
+    buf_free(&c->out);
+    free(c);
+}
+
+/* Writes for one connection, and moves it on towards its end. */
+static void conn_settle(struct conn *c) {
+    if (c->closing && !c->swept) {
+        c->swept = true;
+        c->deadline_ms = now.ms + CLOSE_MS;
+        if (c->proto->closed != NULL) c->proto->closed(c);
+        log_debug("%s: %s ended: %s", addr_text(&c->peer), c->proto->name, c->why);
+    }
+    conn_flush(c);
+    if (!c->closing && c->in.len > 0 && !conn_paused(c)) conn_feed_kept(c);   /* it was paused */
+    if (c->out.len == 0) buf_free(&c->out);
+    if (c->out.len == 0 && c->swept && !c->lost && !c->fin_sent) {
+        shutdown(c->fd, SHUT_WR);
+        c->fin_sent = true;
+    }
+    loop.pfd[c->slot].events = conn_interest(c);
+    bool over = c->lost || c->proto->accepted != NULL || (c->fin_sent && c->eof);
+    if (c->swept && over && !c->dirty) conn_free(c);
+}
+
+/* Rooms first, since most members have nothing else to send. A connection that ends
+ * can make a room speak again, so this goes on until nothing is left. */
+static void loop_settle(void) {
+    while (loop.flush() || loop.dirty != NULL)
+        for (struct conn *c; (c = loop.dirty) != NULL;) {
+            loop.dirty = c->next;
+            c->dirty = false;
+            conn_settle(c);
+        }
+}
+
+/* Once a second every deadline is looked at. That is O(N), some ten nanoseconds for
+ * each connection, and nothing here needs better than a second. */
+static void loop_tick(void) {
+    loop.tick_ms = now.ms + TICK_MS;
+    for (uint32_t i = 0; i < loop.n; i++) {
+        struct conn *c = loop.conn[i];
+        if (c->swept && now.ms >= c->deadline_ms) conn_lost(c, "too slow to go");
+        else if (!c->closing && c->proto->tick != NULL) c->proto->tick(c);
+    }
+}
+
+/* Runs until loop_stop(), and until everything has ended. */
+static void loop_run(void) {
+    while (loop.n > 0 && (loop.stop_ms == 0 || now.ms < loop.stop_ms)) {
+        int64_t wait_ms = loop.tick_ms - now.ms;
+        int ready = poll(loop.pfd, loop.n, wait_ms > 0 ? (int)wait_ms : 0);
+        clock_read();
+        for (uint32_t i = 0; ready > 0; i++) {   /* those accepted meanwhile stand behind */
+            struct conn *c = loop.conn[i];
+            short events = loop.pfd[i].revents;
+            if (events == 0) continue;
+            ready--;
+            if ((events & POLLOUT) != 0) {
+                c->blocked = false;
+                conn_touch(c);
+            }
+            if ((events & ~POLLOUT) == 0) continue;
+            if (c->proto->accepted != NULL) listener_ready(c);
+            else conn_read(c);   /* for POLLHUP and POLLERR too: it tells what happened */
+        }
+        if (now.ms >= loop.tick_ms) loop_tick();
+        loop_settle();
+    }
+}
+
+/* Has every connection say goodbye; loop_run() returns when all have gone, or after a
+ * little less than CLOSE_MS. */
+static void loop_stop(void) {
+    loop.stop_ms = now.ms + CLOSE_MS - TICK_MS - 100;
+    loop.flush();   /* what was said goes out before the goodbye */
+    for (uint32_t i = 0; i < loop.n; i++) conn_close(loop.conn[i], "server is stopping");
+}
+
+/* ==========================================================================
+ * 5. HTTP and WebSocket
+ * ==========================================================================
+ *
+ * A browser can open one kind of lasting connection: it asks by HTTP/1.1 (RFC 9112) to
+ * change to WebSocket (RFC 6455), and a hash proves that both mean it:
+ *
+ *     GET / HTTP/1.1                        HTTP/1.1 101 Switching Protocols
+ *     Host: chat.example:7272               Upgrade: websocket
+ *     Upgrade: websocket             -->    Connection: Upgrade
+ *     Connection: Upgrade                   Sec-WebSocket-Accept: base64(SHA-1(
+ *     Sec-WebSocket-Version: 13                 key + a fixed text))
+ *     Sec-WebSocket-Key: 16 bytes, base64
+ *
+ * TCP carries bytes, not messages. So each message travels in frames (section 5.2):
+ *
+ *      0               1               2               3
+ *      0 1 2 3 4 5 6 7 0 1 2 3 4 5 6 7 0 1 2 3 4 5 6 7 0 1 2 3 4 5 6 7
+ *     +-+-----+-------+-+-------------+-------------------------------+
+ *     |F| RSV |opcode |M| length (7)  |  126: length in 2 more bytes  |
+ *     |I|  0  |       |A|             |  127: length in 8 more bytes  |
+ *     |N|     |       |S|             |  always the shortest form     |
+ *     +-+-----+-------+-+-------------+-------------------------------+
+ *     | mask: 4 bytes, from clients always, from servers never        |
+ *     +---------------------------------------------------------------+
+ *     | payload[i] ^ mask[i % 4] ...                                  |
+ *     +---------------------------------------------------------------+
+ *
+ * A text may come in fragments: FIN is 0 on all but the last, and those behind the
+ * first have opcode 0. Control frames (opcode 8 and up) may stand between them; they
+ * are never fragmented and carry at most 125 bytes.
+ *
+ * Payload is unmasked where it lies, and checked as UTF-8 as it comes. A text that
+ * arrived in one piece is handed on in the read buffer; only pieces are collected.
+ * Parsing is strict: what HTTP once allowed and nobody sends (folded headers, bare line
+ * feeds) is how requests are smuggled past proxies.
+ *
+ * Owns: the count of connections, in all and by address; the trusted proxies.
+ * Calls: 1 Bytes, 3 Tables, 4 The loop. Called by: 7 Rooms, 9 Chat, 12 Page, 13 Main.
+ * Promises: a close frame is sent before TCP ends.
+ */
+
+/* The headers that mean something to us; http_parse() has their names. */
+enum header { HOST, LENGTH, ENCODING, WS_KEY, WS_VERSION, CONNECTION, UPGRADE, FORWARDED, HEADERS };
+
+struct request {
+    slice method, target, path;   /* path: target without the query */
+    slice header[HEADERS];        /* S("") for what is missing */
+    bool keep;                    /* the connection may go on after the answer */
+};
+
+struct site {   /* what a listener serves: its `state`, and that of its HTTP connections */
+    void (*request)(struct conn *c, const struct request *q);   /* answers by http_reply() */
+    void (*upgraded)(struct conn *c);   /* sets proto, and a state that begins with struct ws */
+};
+
+struct ws {
+    struct buf text;         /* the fragments of a message so far */
+    uint64_t left;           /* payload of the current frame still to come */
+    uint8_t mask[4], phase;  /* of that frame, and which byte of it comes next */
+    struct utf8 utf8;
+    uint16_t fragments;      /* of the current message */
+    uint16_t close_code;     /* to close with; 0: nobody said */
+    uint8_t opcode;
+    bool fin, in_frame, in_text, peer_closed;
+};
+
+enum { WS_CONTINUATION, WS_TEXT, WS_BINARY, WS_CLOSE = 8, WS_PING, WS_PONG };
+
+/* Close codes (section 7.4.1; those from 4000 on are ours). */
+enum {
+    WS_GOING_AWAY = 1001, WS_PROTOCOL_ERROR = 1002, WS_NOT_TEXT = 1003, WS_NO_CODE = 1005, WS_BAD_UTF8 = 1007,
+    WS_POLICY = 1008, WS_TOO_BIG = 1009, WS_TRY_AGAIN = 1013, WS_SILENT = 4408
+};
+
+struct caller {   /* an address, and how many connections it has */
+    uint8_t net[16];
+    uint32_t n;
+};
+
+static struct {
+    uint32_t connections, n_proxies;
+    struct table callers;
+    struct cidr {
+        struct addr base;
+        int64_t bits;
+    } proxies[16];
+} http;
+
+static slice caller_key(const void *item) { return (slice){item, sizeof ((struct caller *)0)->net}; }
+
+/* Counts this connection, in all and for its address, or no longer. False: its address
+ * has too many. One person has one IPv4 address but 2^64 of IPv6: there a whole /64 is
+ * one caller. */
+static bool http_count(struct conn *c, bool enter) {
+    struct caller wanted = {.n = 0}, *caller = NULL;
+    bool by_address = opt.max_per_address > 0 && !c->peer.local;
+    if (c->counted == enter) return true;
+    memcpy(wanted.net, c->peer.ip, addr_is_v4(&c->peer) ? 16 : 8);
+    if (by_address) caller = table_find(&http.callers, caller_key(&wanted));
+    if (enter && caller != NULL && caller->n >= opt.max_per_address) return false;
+    if (by_address && caller == NULL) {
+        caller = memcpy(xcalloc(sizeof wanted), &wanted, sizeof wanted);
+        table_add(&http.callers, caller);
+    }
+    c->counted = enter;
+    http.connections = enter ? http.connections + 1 : http.connections - 1;
+    if (caller != NULL) caller->n = enter ? caller->n + 1 : caller->n - 1;
+    if (caller == NULL || caller->n > 0) return true;
+    table_remove(&http.callers, caller_key(&wanted));
+    free(caller);
+    return true;
+}
+
+/* "192.0.2.0/24", "2001:db8::/32" or one address. NULL, or what is wrong with it. */
+static const char *http_trust(const char *text) {
+    slice rest = slice_of(text), address = slice_split(&rest, '/');
+    struct cidr *proxy = &http.proxies[http.n_proxies];
+    if (http.n_proxies == sizeof http.proxies / sizeof *proxy) return "too many";
+    if (!addr_parse(address, &proxy->base)) return "an address was expected, with or without '/' and bits";
+    int64_t all = addr_is_v4(&proxy->base) ? 32 : 128;
+    proxy->bits = strchr(text, '/') != NULL ? slice_number(rest, 10) : all;
+    if (proxy->bits < 0 || proxy->bits > all) return "the number of bits behind '/' is wrong";
+    proxy->bits += 128 - all;
+    http.n_proxies++;
+    return NULL;
+}
+
+static bool http_trusts(const struct addr *a) {
+    bool trusted = a->local;
+    for (const struct cidr *p = http.proxies; p < http.proxies + http.n_proxies && !trusted; p++) {
+        int64_t bit = 0;
+        while (bit < p->bits && ((p->base.ip[bit / 8] ^ a->ip[bit / 8]) << bit % 8 & 0x80) == 0) bit++;
+        trusted = bit == p->bits;
+    }
+    return trusted;
+}
+
+/* ---- Request heads. ---- */
+
+/* Is the token in this comma-separated list? */
+static bool http_has_token(slice list, slice token) {
+    while (list.len > 0)
+        if (slice_eqcase(slice_trim(slice_split(&list, ',')), token)) return true;
+    return false;
+}
+
+static bool is_alnum(char c) { return (lower(c) >= 'a' && lower(c) <= 'z') || (c >= '0' && c <= '9'); }
+
+static bool http_is_token(slice s) {
+    size_t n = 0;
+    while (n < s.len && (is_alnum(s.p[n]) || (s.p[n] != '\0' && strchr("!#$%&'*+-.^_`|~", s.p[n]) != NULL))) n++;
+    return n > 0 && n == s.len;
+}
+
+/* No DEL, and no character below `least` but `also`. */
+static bool is_text(slice s, unsigned char least, char also) {
+    size_t n = 0;
+    while (n < s.len && ((unsigned char)s.p[n] >= least || s.p[n] == also) && s.p[n] != 0x7f) n++;
+    return n == s.len;
+}
+
+/* "GET /path HTTP/1.1": one space twice, a path, a version we know. */
+static bool http_start(slice line, struct request *q) {
+    q->method = slice_split(&line, ' ');
+    q->target = slice_split(&line, ' ');
+    slice rest = q->target;
+    q->path = slice_split(&rest, '?');
+    q->keep = slice_eq(line, S("HTTP/1.1"));
+    return (q->keep || slice_eq(line, S("HTTP/1.0"))) && http_is_token(q->method) &&
+           slice_starts(q->target, S("/")) && is_text(q->target, '!', '!');
+}
+
+/* Behind a proxy the client is the last in X-Forwarded-For that is no trusted proxy
+ * itself; those in front of it are only what the client wrote. False: all are proxies. */
+static bool http_client(slice list, struct addr *client) {
+    for (struct addr hop; list.len > 0;) {
+        size_t at = list.len;
+        while (at > 0 && list.p[at - 1] != ',') at--;
+        if (!addr_parse(slice_trim(slice_cut(list, at)), &hop)) return true;
+        *client = hop;
+        if (!http_trusts(&hop)) return true;
+        list.len = at > 0 ? at - 1 : 0;
+    }
+    return false;
+}
+
+/* Reads a complete head, in which CR LF ends every line. NULL, or what is wrong. */
+static const char *http_parse(slice head, struct request *q) {
+    static const char *const names[HEADERS] = {
+        "Host", "Content-Length", "Transfer-Encoding", "Sec-WebSocket-Key", "Sec-WebSocket-Version",
+        "Connection", "Upgrade", "X-Forwarded-For",
+    };
+    slice line = slice_split(&head, '\n');
+    if (!http_start(slice_take(line, line.len - 1), q)) return "bad request line\n";
+    for (size_t i = 0; i < HEADERS; i++) q->header[i] = S("");
+    while (head.len > 2) {
+        slice value = slice_split(&head, '\n'), name = slice_split(&value, ':');
+        if (value.len == 0 || !http_is_token(name)) return "bad header line\n";
+        value = slice_trim(slice_take(value, value.len - 1));   /* without the CR */
+        if (!is_text(value, ' ', '\t')) return "control character in a header\n";
+        for (size_t i = 0; i < HEADERS; i++) {
+            if (!slice_eqcase(name, slice_of(names[i]))) continue;
+            if ((q->header[i].len > 0 || value.len == 0) && i < CONNECTION) return "a header comes twice, or empty\n";
+            struct addr hop;   /* a list may have several lines: the last one that counts */
+            if (i != FORWARDED || q->header[i].len == 0 || http_client(value, &hop)) q->header[i] = value;
+        }
+    }
+    bool body = q->header[LENGTH].len > 0 && !slice_eq(q->header[LENGTH], S("0"));
+    if (body || q->header[ENCODING].len > 0) return "no body is taken here\n";
+    if (q->header[HOST].len == 0 && q->keep) return "a Host header is needed\n";
+    q->keep = q->keep && !http_has_token(q->header[CONNECTION], S("close"));
+    return NULL;
+}
+
+/* The length of the head that starts at p, with its empty line; 0 if that has not come,
+ * -1 if it can never be one. Looks at each byte once: a peer may drip them. */
+static ssize_t http_head_end(struct conn *c, const char *p, size_t n) {
+    struct request q;
+    if (!http_is_token((slice){p, 1})) return -1;   /* a TLS hello, for example */
+    for (size_t i = c->searched; i < n; i++) {
+        if (p[i] == '\0' || (p[i] == '\n' && (i == 0 || p[i - 1] != '\r'))) return -1;
+        if (p[i] == '\n' && i >= 3 && p[i - 2] == '\n') return (ssize_t)i + 1;
+        if (p[i] == '\n' && memchr(p, '\n', i) == NULL && !http_start((slice){p, i - 1}, &q)) return -1;
+    }
+    c->searched = (uint32_t)n;
+    return 0;
+}
+
+/* Queues a response; `extra` is header lines, each with its CR LF. The reader gets
+ * --timeout, and a second for each KB, to take it and to ask again. */
+static void http_reply(struct conn *c, const struct request *q, const char *status, slice extra, slice body) {
+    buf_printf(&c->out, "HTTP/1.1 %s\r\nContent-Length: %zu\r\nConnection: %s\r\n%.*s\r\n", status, body.len,
+               q->keep ? "keep-alive" : "close", F(extra));
+    if (!slice_eq(q->method, S("HEAD"))) buf_add(&c->out, body);
+    c->deadline_ms = now.ms + (int64_t)opt.timeout_s * 1000 + c->out.len;
+    log_debug("%s: %.*s %.*s: %s", addr_text(&c->peer), F(q->method), F(q->target), status);
+    conn_touch(c);
+    if (!q->keep) conn_close(c, status);
+}
+
+#define PLAIN "Content-Type: text/plain\r\n"
+
+/* Answers what is no request, or gets no further, and ends the connection: returns -1. */
+static int http_refuse(struct conn *c, const char *status, slice extra, const char *why) {
+    http_reply(c, &(struct request){.method = S("-"), .target = S("-")}, status, extra, slice_of(why));
+    return -1;
+}
+
+/* The upgrade (RFC 6455, section 4.2). */
+static int ws_upgrade(struct conn *c, const struct request *q) {
+    unsigned char text[60], hash[SHA_DIGEST_LENGTH], accept[4 * (SHA_DIGEST_LENGTH / 3 + 1) + 1];
+    const struct site *site = c->state;
+    slice key = q->header[WS_KEY];
+    bool key_ok = key.len == 24 && slice_eq(slice_cut(key, 22), S("=="));
+    for (size_t i = 0; key_ok && i < 22; i++) key_ok = is_alnum(key.p[i]) || key.p[i] == '+' || key.p[i] == '/';
+    if (!slice_eq(q->method, S("GET")) || !q->keep || !http_has_token(q->header[CONNECTION], S("Upgrade")))
+        return http_refuse(c, "400 Bad Request", S(PLAIN), "an upgrade is a GET with 'Connection: Upgrade'\n");
+    if (!slice_eq(q->header[WS_VERSION], S("13")))
+        return http_refuse(c, "426 Upgrade Required", S(PLAIN "Sec-WebSocket-Version: 13\r\n"), "wrong version\n");
+    if (!key_ok) return http_refuse(c, "400 Bad Request", S(PLAIN), "Sec-WebSocket-Key: 16 bytes in base64\n");
+    memcpy(text, key.p, 24);
+    memcpy(text + 24, "258EAFA5-E914-47DA-95CA-C5AB0DC85B11", 36);
+    SHA1(text, sizeof text, hash);
+    EVP_EncodeBlock(accept, hash, sizeof hash);
+    buf_printf(&c->out, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
+               "Connection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n", accept);
+    conn_touch(c);
+    site->upgraded(c);
+    log_debug("%s: is a %s client", addr_text(&c->peer), c->proto->name);
+    return 0;
+}
+
+static int http_answer(struct conn *c, const struct request *q) {
+    const struct site *site = c->state;
+    if (c->proxy) {   /* each request may come from somebody else */
+        http_count(c, false);
+        http_client(q->header[FORWARDED], &c->peer);
+        c->refused = !http_count(c, true);
+    }
+    if (c->refused)
+        return http_refuse(c, "429 Too Many Requests", S(PLAIN "Retry-After: 5\r\n"), "too many from your address\n");
+    if (http.connections > opt.max_clients)
+        return http_refuse(c, "503 Service Unavailable", S(PLAIN "Retry-After: 5\r\n"), "too many clients\n");
+    if (http_has_token(q->header[UPGRADE], S("websocket"))) return ws_upgrade(c, q);
+    site->request(c, q);
+    return 0;
+}
+
+static ssize_t http_feed(struct conn *c, char *p, size_t n) {
+    bool blank = c->searched == 0 && *p == '\r';   /* skipped before a head (RFC 9112, 2.2) */
+    if (blank && (n == 1 || p[1] == '\n')) return n == 1 ? 0 : 2;
+    ssize_t end = http_head_end(c, p, n);
+    struct request q = {0};
+    if ((end > 0 ? (size_t)end : n) > opt.max_head)
+        return http_refuse(c, "431 Request Header Fields Too Large", S(PLAIN), "the head is over --max-head\n");
+    if (end == 0) return 0;
+    c->searched = 0;
+    const char *why = end > 0 ? http_parse((slice){p, (size_t)end}, &q) : "this is not HTTP/1.1\n";
+    if (why != NULL) return http_refuse(c, "400 Bad Request", S(PLAIN), why);
+    return http_answer(c, &q) < 0 ? -1 : end;
+}
+
+static void http_tick(struct conn *c) {
+    if (now.ms < c->deadline_ms) return;
+    if (c->out.len > 0) conn_lost(c, "reads too slowly");
+    else if (c->in.len == 0) conn_close(c, "nothing asked");
+    else http_refuse(c, "408 Request Timeout", S(PLAIN), "the request took longer than --timeout\n");
+}
+
+/* `closed` of HTTP, and of what it was upgraded to. */
+static void http_closed(struct conn *c) { http_count(c, false); }
+
+static const struct proto http_proto = {
+    .name = "http", .feed = http_feed, .tick = http_tick, .closed = http_closed,
+};
+
+static void http_accepted(struct conn *l, struct conn *c) {
+    c->proto = &http_proto;
+    c->state = l->state;
+    c->proxy = http_trusts(&c->peer);
+    c->refused = !http_count(c, true) && !c->proxy;
+    /* Who is refused anyway must not hold a descriptor for long. */
+    c->deadline_ms = now.ms + (c->refused ? TICK_MS : (int64_t)opt.timeout_s * 1000);
+}
+
+static const struct proto http_listener = {.name = "listener", .accepted = http_accepted, .tick = conn_touch};
+
+/* ---- Frames. ---- */
+
+/* Appends a server's frame to a buffer: a connection's own, or a room's log. */
+static void ws_append(struct buf *b, int opcode, slice payload) {
+    unsigned char head[10] = {(unsigned char)(0x80 | opcode)};
+    size_t more = payload.len < 126 ? 0 : payload.len < 65536 ? 2 : 8;
+    uint64_t len = payload.len;
+    head[1] = (unsigned char)(more == 0 ? len : more == 2 ? 126 : 127);
+    for (size_t i = more; i > 0; i--, len >>= 8) head[1 + i] = (unsigned char)len;
+    buf_add(b, (slice){(char *)head, 2 + more});
+    buf_add(b, payload);
+}
+
+/* How many bytes of length follow the first two; and the length they give. */
+static size_t ws_more(const unsigned char *u) { return (u[1] & 0x7f) == 126 ? 2 : (u[1] & 0x7f) == 127 ? 8 : 0; }
+
+static uint64_t ws_length(const unsigned char *u) {
+    uint64_t len = ws_more(u) > 0 ? 0 : u[1] & 0x7f;
+    for (size_t i = 0; i < ws_more(u); i++) len = len << 8 | u[2 + i];
+    return len;
+}
+
+/* The whole size of a frame that ws_append() wrote. */
+static size_t ws_frame_size(const char *p) {
+    const unsigned char *u = (const unsigned char *)p;
+    return 2 + ws_more(u) + (size_t)ws_length(u);
+}
+
+/* Ends a WebSocket connection with a close frame; `why` is a literal, for the log and
+ * for the peer. Returns -1. */
+static int ws_close(struct conn *c, uint16_t code, const char *why) {
+    if (!c->closing) ((struct ws *)c->state)->close_code = code;
+    conn_close(c, why);
+    return -1;
+}
+
+/* The last thing in `closed` of a WebSocket protocol: says goodbye, if anybody is left
+ * to hear it, and frees what frames needed. */
+static void ws_end(struct conn *c) {
+    struct ws *ws = c->state;
+    uint16_t code = ws->close_code != 0 ? ws->close_code : WS_GOING_AWAY;
+    char payload[125] = {(char)(code >> 8), (char)(code & 0xff)};
+    size_t n = code == WS_NO_CODE ? 0 : 2;
+    if (!ws->peer_closed) n += (size_t)snprintf(payload + 2, sizeof payload - 2, "%s", c->why);
+    if (!ws->peer_closed && ws->close_code != 0)
+        log_info("%s: closed with %u: %s", addr_text(&c->peer), code, c->why);
+    if (!c->lost && !c->eof) ws_append(&c->out, WS_CLOSE, (slice){payload, n});
+    buf_free(&ws->text);
+    http_closed(c);
+}
+
+/* Sends a text to this client alone. */
+static void ws_text(struct conn *c, slice text) {
+    if (c->out.len > opt.backlog) ws_close(c, WS_TRY_AGAIN, "more than --backlog unread");
+    if (!c->closing) ws_append(&c->out, WS_TEXT, text);
+    conn_touch(c);
+}
+
+/* A whole control frame, unmasked. Returns 0, or -1 if it is wrong. */
+static int ws_control(struct conn *c, slice payload) {
+    struct ws *ws = c->state;
+    const unsigned char *u = (const unsigned char *)payload.p;
+    if (ws->opcode == WS_PING) ws_append(&c->out, WS_PONG, payload);
+    conn_touch(c);
+    if (ws->opcode != WS_CLOSE) return 0;
+    int code = payload.len == 0 ? WS_NO_CODE : payload.len == 1 ? 0 : u[0] << 8 | u[1];
+    bool known = (code >= 1000 && code <= 1014 && (code < 1004 || code > 1006)) || (code >= 3000 && code <= 4999);
+    if (payload.len > 0 && !known) return ws_close(c, WS_PROTOCOL_ERROR, "bad close code");
+    if (payload.len > 2 && !utf8_valid(slice_cut(payload, 2))) return ws_close(c, WS_BAD_UTF8, "bad UTF-8");
+    ws->peer_closed = true;
+    ws_close(c, (uint16_t)code, "closed by the client");
+    return 0;
+}
+
+/* Reads a frame header into c->state, per the consume contract: its size, 0 or -1. */
+static int ws_head(struct conn *c, const char *p, size_t n) {
+    struct ws *ws = c->state;
+    const unsigned char *u = (const unsigned char *)p;
+    if ((u[0] & 0x70) != 0 || (u[0] & 7) > 2) return ws_close(c, WS_PROTOCOL_ERROR, "reserved bit or opcode");
+    if (n < 2) return 0;
+    size_t more = ws_more(u);
+    bool control = (u[0] & 8) != 0;
+    ws->opcode = u[0] & 15;
+    if ((u[1] & 0x80) == 0) return ws_close(c, WS_PROTOCOL_ERROR, "frame without a mask");
+    if (control && (u[0] < 0x80 || more > 0)) return ws_close(c, WS_PROTOCOL_ERROR, "long or fragmented control");
+    if (ws->opcode == WS_BINARY) return ws_close(c, WS_NOT_TEXT, "binary is not taken here");
+    if (!control && (ws->opcode == WS_CONTINUATION) != ws->in_text)
+        return ws_close(c, WS_PROTOCOL_ERROR, "fragment out of order");
+    if (n < 2 + more) return 0;
+    ws->left = ws_length(u);
+    if ((more == 2 && ws->left < 126) || (more == 8 && (ws->left < 65536 || ws->left >> 63 != 0)))
+        return ws_close(c, WS_PROTOCOL_ERROR, "length not in its shortest form");
+    if (ws->left > opt.max_message || ws->left + ws->text.len > opt.max_message)
+        return ws_close(c, WS_TOO_BIG, "message over --max-message");
+    if (n < 6 + more) return 0;
+    if (!control && ++ws->fragments > FRAGMENTS_MAX) return ws_close(c, WS_POLICY, "too many fragments");
+    if (!control) ws->fin = (u[0] & 0x80) != 0, ws->in_frame = ws->in_text = true;
+    memcpy(ws->mask, u + 2 + more, 4);
+    ws->phase = 0;
+    return (int)(6 + more);
+}
+
+/* Payload of a text, unmasked. A whole message in one piece is handed on where it is. */
+static int ws_payload(struct conn *c, slice part) {
+    struct ws *ws = c->state;
+    ws->in_frame = ws->left > 0;
+    bool complete = !ws->in_frame && ws->fin;
+    if (!utf8_feed(&ws->utf8, part) || (complete && ws->utf8.missing > 0))
+        return ws_close(c, WS_BAD_UTF8, "text is not UTF-8");
+    if (!complete || ws->text.len > 0) buf_add(&ws->text, part);
+    if (!complete) return 0;
+    c->proto->message(c, ws->text.len > 0 ? buf_slice(&ws->text) : part);
+    buf_free(&ws->text);
+    ws->in_text = false;
+    ws->fragments = 0;
+    return 0;
+}
+
+/* The `feed` of every WebSocket protocol. */
+static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
+    struct ws *ws = c->state;
+    int head = ws->in_frame ? 0 : ws_head(c, p, n);
+    if (head < 0 || (head == 0 && !ws->in_frame)) return head;
+    p += head, n -= (size_t)head;
+    size_t take = n < ws->left ? n : (size_t)ws->left;
+    if (!ws->in_frame && take < ws->left) return 0;   /* a control frame: wait for all of it */
+    for (size_t i = 0; i < take; i++) p[i] = (char)(p[i] ^ (char)ws->mask[ws->phase++ & 3]);
+    ws->left -= take;
+    int result = ws->in_frame ? ws_payload(c, (slice){p, take}) : ws_control(c, (slice){p, take});
+    return result < 0 ? -1 : head + (ssize_t)take;
+}
+
+/* ==========================================================================
+ * 7. Rooms
+ * ==========================================================================
+ *
+ * A message to a room of a hundred could be put into a hundred queues. That is a
+ * hundred copies, and a long queue for every slow reader. Instead a room is a LOG of
+ * encoded frames, and a member is a CURSOR in it:
+ *
+ *        dropped      kept: at most --backlog bytes
+ *     - - - - - - +-------+-------+---------+-------+-------+
+ *                 | frame | frame | frame   | frame | frame |
+ *     - - - - - - +-------+-------+---------+-------+-------+
+ *                 ^           ^             ^               ^ end
+ *                 Carl        Bob           Ann is on       Dora and 96 others
+ *                                           her way         have everything
+ *
+ * To broadcast is to append one frame, once. After the handlers of a round have run,
+ * each member gets one send() from its cursor to the end, however many messages came.
+ * When all cursors are at the end, the log is empty again.
+ *
+ * A slow member costs its cursor and holds nobody back. When the log would grow past
+ * --backlog its front is dropped, and who had not read that part is closed with 1013:
+ * it comes back.
+ *
+ * Private frames (an answer, a ping) wait in the connection's own queue and go first.
+ * But TCP may take half a frame, and nothing may come between its halves: then the
+ * other half is moved to the private queue, and the cursor stands between frames again.
+ *
+ * A client may be in several rooms, with one member, one cursor, for each.
+ *
+ * Owns: the rooms, their logs, who is in which.
+ * Calls: 1 Bytes, 3 Tables, 4 The loop, 5 HTTP and WebSocket. Called by: 9 Chat.
+ * Promises: all members of a room see the same messages in the same order.
+ */
+
+struct room {
+    struct buf log;               /* encoded frames */
+    uint64_t end;                 /* its end, counted from the first byte ever said here */
+    uint64_t flushed;             /* what `end` was when members were last sent to */
+    struct member *first, *last;  /* in order of joining */
+    struct room *next_grown;
+    bool grown;                   /* is in rooms.grown */
+    uint8_t name_len;
+    char name[];
+};
+
+struct member {
+    struct conn *c;
+    struct room *room;
+    uint64_t cursor;              /* sent up to here, on the scale of room->end */
+    struct member *prev, *next;   /* in the room */
+    struct member *also;          /* the same client's place in another room */
+};
+
+static struct {
+    struct table by_name;
+    struct room *grown;           /* have something to send, or nobody to send to */
+} rooms;
+
+static slice room_key(const void *item) {
+    const struct room *r = item;
+    return (slice){r->name, r->name_len};
+}
+
+/* What this member was not sent yet. */
+static slice member_unread(const struct member *m) {
+    slice log = buf_slice(&m->room->log);
+    return slice_cut(log, log.len - (size_t)(m->room->end - m->cursor));
+}
+
+/* `peek` of every protocol whose connections can be members. One that is closing gets
+ * nothing more: it will ask for what it missed, and that only works if it has seen
+ * nothing behind the gap. */
+static slice room_peek(struct conn *c) {
+    for (struct member *m = c->joined; m != NULL && !c->closing; m = m->also)
+        if (m->cursor != m->room->end) return member_unread(m);
+    return S("");
+}
+
+/* `sent` of the same: n bytes of what room_peek() lent have gone out. */
+static void room_sent(struct conn *c, size_t n) {
+    struct member *m = c->joined;
+    while (m->cursor == m->room->end) m = m->also;
+    slice unread = member_unread(m);
+    size_t frames = n == unread.len ? n : 0;   /* up to the end of a frame */
+    while (frames < n) frames += ws_frame_size(unread.p + frames);
+    buf_add(&c->out, slice_cut(slice_take(unread, frames), n));
+    m->cursor += frames;
+}
+
+/* Puts what is unread into the client's own queue. */
+static void member_settle(struct member *m) {
+    buf_add(&m->c->out, member_unread(m));
+    m->cursor = m->room->end;
+    conn_touch(m->c);
+}
+
+/* Drops what every member was sent. An empty log gives its memory back. */
+static void room_trim(struct room *r) {
+    uint64_t least = r->end;
+    for (struct member *m = r->first; m != NULL; m = m->next)
+        if (m->cursor < least) least = m->cursor;
+    buf_drop(&r->log, r->log.len - (size_t)(r->end - least));
+    if (r->log.len == 0) buf_free(&r->log);
+}
+
+static void room_flush(struct room *r) {
+    for (struct member *m = r->first; m != NULL; m = m->next) conn_flush(m->c);
+    r->flushed = r->end;
+    room_trim(r);
+}
+
+/* The loop calls this in every round; true if there was something to do. */
+static bool rooms_flush(void) {
+    bool any = rooms.grown != NULL;
+    while (rooms.grown != NULL) {
+        struct room *r = rooms.grown;
+        rooms.grown = r->next_grown;
+        r->grown = false;
+        room_flush(r);
+        if (r->first != NULL) continue;
+        table_remove(&rooms.by_name, room_key(r));
+        buf_free(&r->log);
+        free(r);
+    }
+    return any;
+}
+
+/* Has the room looked after before the round ends. */
+static void room_touch(struct room *r) {
+    if (r->grown) return;
+    r->grown = true;
+    r->next_grown = rooms.grown;
+    rooms.grown = r;
+}
+
+/* Makes room for `need` bytes in the log. If a lot has come in this round everybody is
+ * sent it now, so that only the slow can be far behind; and if it is still too much,
+ * the front goes, with those who have not read it. */
+static void room_make_room(struct room *r, size_t need) {
+    size_t keep = need > opt.backlog ? 0 : opt.backlog - need;
+    if (r->end - r->flushed + need > opt.backlog / 4) room_flush(r);
+    if (r->log.len <= keep) return;
+    for (struct member *m = r->first; m != NULL; m = m->next) {
+        if (m->cursor >= r->end - keep) continue;
+        m->cursor = r->end;
+        ws_close(m->c, WS_TRY_AGAIN, "more than --backlog behind in a room");
+    }
+    room_trim(r);
+}
+
+/* Says a text in a room: one frame, appended once. This is the one way to speak to a
+ * room. `except`, if not NULL, is a member who does not get it. */
+static void room_publish(struct room *r, slice text, struct member *except) {
+    if (except != NULL) member_settle(except);
+    room_make_room(r, text.len + 10);
+    size_t before = r->log.len;
+    ws_append(&r->log, WS_TEXT, text);
+    r->end += r->log.len - before;
+    if (except != NULL) except->cursor = r->end;
+    room_touch(r);
+}
+
+/* The room of this name, made if need be; NULL when there are --max-rooms. It lasts
+ * until the end of a round in which nobody is in it. */
+static struct room *room_open(slice name) {
+    struct room *r = table_find(&rooms.by_name, name);
+    if (r != NULL || rooms.by_name.n >= opt.max_rooms) return r;
+    assert(name.len <= ROOM_MAX_BYTES);
+    r = xcalloc(sizeof *r + name.len);
+    r->name_len = (uint8_t)name.len;
+    memcpy(r->name, name.p, name.len);
+    table_add(&rooms.by_name, r);
+    room_touch(r);
+    return r;
+}
+
+/* Puts a client into a room: it hears what is said from now on. Returns its place
+ * there, which lasts until room_leave(), or NULL if it is in too many rooms. */
+static struct member *room_join(struct room *r, struct conn *c) {
+    size_t n = 0;
+    struct member **at = &c->joined;
+    for (; *at != NULL; at = &(*at)->also) n++;
+    if (n >= ROOMS_PER_CLIENT) return NULL;
+    struct member *m = *at = xcalloc(sizeof *m);
+    *m = (struct member){.c = c, .room = r, .cursor = r->end, .prev = r->last};
+    *(r->last != NULL ? &r->last->next : &r->first) = m;
+    r->last = m;
+    return m;
+}
+
+/* Takes a client out of a room, and frees its place. What was said before is still
+ * sent to it, unless its connection is closing. */
+static void room_leave(struct member *m) {
+    struct room *r = m->room;
+    struct member **at = &m->c->joined;
+    if (!m->c->closing) member_settle(m);
+    while (*at != m) at = &(*at)->also;
+    *at = m->also;
+    *(m->prev != NULL ? &m->prev->next : &r->first) = m->next;
+    *(m->next != NULL ? &m->next->prev : &r->last) = m->prev;
+    room_touch(r);
+    free(m);
+}
+
+/* ==========================================================================
+ * 9. Chat
+ * ==========================================================================
+ *
+ * What people see: names, rooms, messages. Each WebSocket text is one JSON object:
+ *
+ *     client --> server                         server --> client
+ *     login   client_name, room_id              login   client_id, client_name, time
+ *     say     to_client_id, to_client_name,             (and client_list: it is you)
+ *             content                           say     from_client_id, content, ...
+ *     logout                                    logout  from_client_id, ...
+ *     ping, pong                                ping, pong; error   code, message
+ *
+ * Logging in, in this order: those in the room hear `login`; the client joins; it gets
+ * the same with a client_list, from which it learns its own id. What it says to "all"
+ * comes back to it through the room, like to everybody: so it knows that it was heard.
+ * A `ref` of its own choice comes back with it.
+ *
+ * client_id is 20 hex digits, which clients use as an HTML id:
+ *
+ *     7f000001 1c68 8d2f01a7     IPv4 address, port, and connection number: that starts
+ *                                anywhere, so a restart does not give old ids away
+ *
+ * Names and contents go out as HTML (chapter 2), since clients put them into their
+ * pages as they come. That escaping must never be dropped.
+ *
+ * Clients of the old server were never told what was wrong. These are: a message is
+ * done, or answered with an `error` that names the field. Clients ignore what they do
+ * not know.
+ *
+ * Owns: the clients and their ids. Calls: all above. Called by: 12 Page, 13 Main.
+ * Promises: bad input hurts nobody but its sender.
+ */
+
+struct client {
+    struct ws ws;           /* must be first */
+    struct conn *c;
+    struct member *seat;    /* in the room it speaks in; NULL before login */
+    char *name;             /* HTML, owned; NULL before login */
+    int64_t filled_ms;      /* when tokens were last added */
+    int32_t tokens;         /* thousandths of messages it may send now: chat_allow() */
+    uint32_t pings;         /* sent in the current silence */
+    char id[21];
+};
+
+/* The fields we look at; chat_message() has their names in the same order. */
+enum field { TYPE, REF, CLIENT_NAME, ROOM_ID, TO_CLIENT_ID, TO_CLIENT_NAME, CONTENT, FIELDS };
+
+static struct {
+    struct table clients;          /* by id */
+    uint32_t last_number;
+    uint16_t port;                 /* part of every id */
+    struct json_field f[FIELDS];   /* of the message at hand */
+    slice ref;                     /* its ref, raw JSON, or empty */
+    struct buf text, html, name;   /* decoded fields */
+    struct buf json;               /* the answer being written */
+} chat;
+
+static slice client_key(const void *item) { return (slice){((const struct client *)item)->id, 20}; }
+
+/* The client of this id, or NULL. */
+static struct client *client_find(slice id) { return id.len == 20 ? table_find(&chat.clients, id) : NULL; }
+
+/* ---- Answers are written in chat.json. ---- */
+
+static void chat_begin(slice type) {
+    buf_clear(&chat.json);
+    buf_addc(&chat.json, '{');
+    json_add(&chat.json, "type", type);
+}
+
+static slice chat_end(void) {
+    buf_addc(&chat.json, '}');
+    return buf_slice(&chat.json);
+}
+
+/* The sender's own mark goes back as it came. */
+static slice chat_end_ref(void) {
+    if (chat.ref.len > 0) json_name(&chat.json, "ref");
+    buf_add(&chat.json, chat.ref);
+    return chat_end();
+}
+
+/* Adds who it is from and the time, in the order that clients have always had. */
+static void chat_add_from(const struct client *cl, const char *id_name, const char *name_name) {
+    json_add(&chat.json, id_name, client_key(cl));
+    json_add(&chat.json, name_name, slice_of(cl->name));
+}
+
+static void chat_add_time(void) { json_add(&chat.json, "time", slice_of(now.text)); }
+
+/* Tells the client what was wrong with its message. Returns false, for its callers. */
+PRINTF(3, 4) static bool chat_error(struct client *cl, const char *code, const char *format, ...) {
+    char message[200];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    chat_begin(S("error"));
+    json_add(&chat.json, "code", slice_of(code));
+    json_add(&chat.json, "message", slice_of(message));
+    ws_text(cl->c, chat_end_ref());
+    return false;
+}
+
+/* Puts the text of a field into b. With a limit it is a name: short, and without
+ * control characters. False after an error. */
+static bool chat_field(struct client *cl, enum field field, struct buf *b, size_t limit) {
+    const char *name = chat.f[field].name;
+    buf_clear(b);
+    if (!json_text(chat.f[field].raw, b)) return chat_error(cl, "bad_field", "%s must be text", name);
+    if (limit == 0) return true;
+    if (b->len > limit) return chat_error(cl, "too_long", "%s is longer than %zu bytes", name, limit);
+    if (!is_text(buf_slice(b), ' ', ' '))
+        return chat_error(cl, "bad_field", "%s holds a control character", name);
+    return true;
+}
+
+/* ---- Rooms. ---- */
+
+/* Leaves the room; the others hear of it. */
+static void chat_leave(struct client *cl) {
+    struct room *r = cl->seat->room;
+    room_leave(cl->seat);
+    cl->seat = NULL;
+    chat_begin(S("logout"));
+    chat_add_from(cl, "from_client_id", "from_client_name");
+    chat_add_time();
+    room_publish(r, chat_end(), NULL);
+}
+
+/* Tells the room, and then the client itself, who it is; enters the room between the
+ * two, unless it is there already. */
+static void chat_enter(struct client *cl, struct room *r) {
+    chat_begin(S("login"));
+    chat_add_from(cl, "client_id", "client_name");
+    chat_add_time();
+    room_publish(r, chat_end(), cl->seat);
+    if (cl->seat == NULL) cl->seat = room_join(r, cl->c);
+    chat.json.len--;   /* open the object again: now the copy for the client */
+    json_name(&chat.json, "client_list");
+    buf_addc(&chat.json, '{');
+    for (struct member *m = r->first; m != NULL; m = m->next) {
+        const struct client *other = m->c->state;
+        json_add(&chat.json, other->id, slice_of(other->name));
+    }
+    buf_addc(&chat.json, '}');
+    ws_text(cl->c, chat_end_ref());
+}
+
+static bool chat_login(struct client *cl) {
+    if (!chat_field(cl, CLIENT_NAME, &chat.name, NAME_MAX_BYTES)) return false;
+    if (!chat_field(cl, ROOM_ID, &chat.text, ROOM_MAX_BYTES)) return false;
+    slice room = buf_slice(&chat.text);
+    if (room.len == 0 || slice_eq(room, S("0")))
+        return chat_error(cl, "bad_field", "room_id must name a room, and not be empty or 0");
+    struct room *r = room_open(room);
+    if (r == NULL) return chat_error(cl, "limit", "there are already %u rooms (--max-rooms)", opt.max_rooms);
+    if (cl->seat != NULL && cl->seat->room != r) chat_leave(cl);
+    buf_clear(&chat.html);
+    html_escape(&chat.html, buf_slice(&chat.name), false);
+    buf_addc(&chat.html, '\0');
+    cl->name = xrealloc(cl->name, chat.html.len);
+    memcpy(cl->name, buf_slice(&chat.html).p, chat.html.len);
+    chat_enter(cl, r);
+    return true;
+}
+
+static bool chat_logout(struct client *cl) {
+    if (cl->seat == NULL) return chat_error(cl, "not_logged_in", "logout needs a login first");
+    chat_leave(cl);
+    chat.json.len--;   /* what the others got, with the ref, is the answer */
+    ws_text(cl->c, chat_end_ref());
+    return true;
+}
+
+/* ---- Messages. ---- */
+
+/* Writes a `say`, up to the time; `heading` is HTML that stands before the content. */
+static void chat_write_say(const struct client *cl, slice to, slice heading) {
+    struct buf *html = &chat.html;
+    buf_clear(html);
+    buf_add(html, heading);
+    html_escape(html, buf_slice(&chat.text), true);
+    chat_begin(S("say"));
+    chat_add_from(cl, "from_client_id", "from_client_name");
+    json_add(&chat.json, "to_client_id", to);
+    json_add(&chat.json, "content", buf_slice(html));
+    chat_add_time();
+}
+
+/* To one client. Both sides get a copy, with the heading that pages have always shown:
+ * "says to you", and "you say to ...". */
+static bool chat_whisper(struct client *cl) {
+    struct buf heading = {0};
+    buf_clear(&chat.text);
+    json_text(chat.f[TO_CLIENT_ID].raw, &chat.text);
+    struct client *to = client_find(buf_slice(&chat.text));
+    if (to == NULL) return chat_error(cl, "no_such_client", "to_client_id: nobody of that id is here");
+    if (!chat_field(cl, TO_CLIENT_NAME, &chat.name, 0) || !chat_field(cl, CONTENT, &chat.text, 0)) return false;
+    chat_write_say(cl, client_key(to), S("<b>\xe5\xaf\xb9\xe4\xbd\xa0\xe8\xaf\xb4: </b>"));
+    ws_text(to->c, chat_end());
+    buf_add(&heading, S("<b>\xe4\xbd\xa0\xe5\xaf\xb9"));
+    html_escape(&heading, buf_slice(&chat.name), false);
+    buf_add(&heading, S("\xe8\xaf\xb4: </b>"));
+    chat_write_say(cl, client_key(to), buf_slice(&heading));
+    buf_free(&heading);
+    ws_text(cl->c, chat_end_ref());
+    return true;
+}
+
+static bool chat_say(struct client *cl) {
+    slice to = chat.f[TO_CLIENT_ID].raw;
+    if (cl->seat == NULL) return chat_error(cl, "not_logged_in", "say needs a login first");
+    if (to.p == NULL || *to.p != '"')
+        return chat_error(cl, "bad_field", "to_client_id must be \"all\" or the id of a client, in quotes");
+    if (!json_is(to, "all")) return chat_whisper(cl);
+    if (!chat_field(cl, CONTENT, &chat.text, 0)) return false;
+    chat_write_say(cl, S("all"), S(""));
+    room_publish(cl->seat->room, chat_end_ref(), NULL);
+    return true;
+}
+
+static bool chat_ping(struct client *cl) {
+    chat_begin(S("pong"));
+    ws_text(cl->c, chat_end_ref());
+    return true;
+}
+
+static bool chat_pong(struct client *cl) { return cl->c->heard_ms == now.ms; }   /* that it came is all */
+
+/* A token bucket: --rate tokens a second flow in, up to --burst; a message takes one,
+ * a refused one too, and who digs on below minus --burst is shown out. */
+static bool chat_allow(struct client *cl) {
+    int64_t full = (int64_t)opt.burst * 1000, tokens = cl->tokens + (now.ms - cl->filled_ms) * opt.rate;
+    cl->tokens = (int32_t)(tokens < full ? tokens : full) - 1000;
+    cl->filled_ms = now.ms;
+    if (cl->tokens >= 0 || opt.rate == 0) return true;
+    if (cl->tokens >= -full)
+        return chat_error(cl, "rate_limited", "dropped: more than %u messages a second (--rate)", opt.rate);
+    ws_close(cl->c, WS_POLICY, "over --rate for too long");
+    return false;
+}
+
+static void chat_message(struct conn *c, slice text) {
+    static const char *const names[FIELDS] = {
+        "type", "ref", "client_name", "room_id", "to_client_id", "to_client_name", "content",
+    };
+    static const struct {
+        const char *type;
+        bool (*run)(struct client *cl);   /* false: it was answered with an error */
+    } types[] = {
+        {"say", chat_say}, {"pong", chat_pong}, {"ping", chat_ping}, {"login", chat_login}, {"logout", chat_logout},
+    };
+    struct client *cl = c->state;
+    size_t at;
+    for (size_t i = 0; i < FIELDS; i++) chat.f[i] = (struct json_field){.name = names[i]};
+    const char *why = json_pick(text, chat.f, FIELDS, &at);
+    slice ref = chat.f[REF].raw, type = chat.f[TYPE].raw;
+    buf_clear(&chat.text);
+    bool ref_ok = why != NULL || ref.p == NULL ||
+                  (*ref.p == '"' && json_text(ref, &chat.text) && chat.text.len <= REF_MAX_BYTES);
+    chat.ref = why == NULL && ref.p != NULL && ref_ok ? ref : S("");
+    if (!chat_allow(cl)) return;
+    for (size_t i = 0; i < sizeof types / sizeof *types && why == NULL && ref_ok && type.p != NULL; i++)
+        if (json_is(type, types[i].type)) {
+            types[i].run(cl);
+            return;
+        }
+    if (why != NULL) chat_error(cl, "bad_json", "byte %zu: %s", at, why);
+    else if (!ref_ok) chat_error(cl, "bad_field", "ref must be text of at most %d bytes", REF_MAX_BYTES);
+    else chat_error(cl, "bad_type", "type must be one of login, say, logout, ping, pong");
+}
+
+/* ---- The life of a client. ---- */
+
+/* After each --ping of silence we ask, in both languages a client may know; after
+ * three without any sign of life it has gone. */
+static void chat_tick(struct conn *c) {
+    struct client *cl = c->state;
+    int64_t silences = (now.ms - c->heard_ms) / ((int64_t)opt.ping_s * 1000);
+    bool ask = silences > cl->pings;
+    cl->pings = (uint32_t)silences;
+    if (silences >= 3) ws_close(c, WS_SILENT, "silent for too long");
+    else if (ask) {
+        ws_append(&c->out, WS_PING, S(""));
+        ws_text(c, S("{\"type\":\"ping\"}"));
+    }
+}
+
+static void chat_closed(struct conn *c) {
+    struct client *cl = c->state;
+    if (cl->seat != NULL) chat_leave(cl);
+    table_remove(&chat.clients, client_key(cl));
+    ws_end(c);
+    free(cl->name);
+    free(cl);
+    c->state = NULL;
+}
+
+static const struct proto chat_proto = {
+    .name = "chat", .feed = ws_feed, .message = chat_message, .tick = chat_tick, .closed = chat_closed,
+    .peek = room_peek, .sent = room_sent,
+};
+
+/* `upgraded` of the chat's site: this connection is a client from now on. */
+static void chat_upgraded(struct conn *c) {
+    struct client *cl = xcalloc(sizeof *cl);
+    *cl = (struct client){.c = c, .tokens = (int32_t)opt.burst * 1000, .filled_ms = now.ms};
+    do snprintf(cl->id, sizeof cl->id, "7f000001%04x%08x", chat.port, ++chat.last_number);
+    while (client_find(client_key(cl)) != NULL);
+    table_add(&chat.clients, cl);
+    c->state = cl;
+    c->proto = &chat_proto;
+}
+
+/* `port` goes into the ids; the address is that of this machine to itself. */
+static void chat_init(uint16_t port) {
+    chat.clients.key = client_key;
+    chat.port = port;
+    if (RAND_bytes((unsigned char *)&chat.last_number, sizeof chat.last_number) != 1) die("no random bytes");
+}
+
+/* ==========================================================================
+ * 12. Page
+ * ==========================================================================
+ *
+ * The built-in web client: one HTML file without any outside resource, here
+ * line by line. It is a program of its own, in JavaScript, at the other end of
+ * the protocol of chapter 9; read it as such.
+ *
+ * It keeps to two rules. Names and contents come as HTML and are turned back
+ * into text, then shown as text: nothing that was received becomes markup. And
+ * the Content-Security-Policy lets the browser run just this script and this
+ * style, named by their SHA-256, so that a hole in the first rule is no way in.
+ *
+ * Owns:      the page
+ * Calls:     1 Bytes, 5 HTTP and WebSocket, 9 Chat
+ * Called by: 13 Main
+ * Promises:  no path ever reaches the file system
+ */
+
+static const char *const page_lines[] = {
+    "<!DOCTYPE html>",
+    "<html lang='en'><head><meta charset='utf-8'><title>xchat</title>",
+    "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+    "<link rel='icon' href='data:,'><style>",
+    ":root { color-scheme: light dark; --back: #f2f4f8; --card: #fff; --text: #1b2330; --soft:",
+    "  #56606f; --line: #d3dae5; --accent: #1d5fc0; --on: #fff; --own: #d5e6ff; --private: #eadcff;",
+    "  --warn: #ffefcc; --bad: #a5201a }",
+    "@media (prefers-color-scheme: dark) { :root { --back: #12161c; --card: #1e252f; --text:",
+    "  #e7ebf1; --soft: #b4bdcb; --line: #3a4553; --accent: #8ab8ff; --on: #0b1a30; --own: #1d3d69;",
+    "  --private: #443066; --warn: #4a3810; --bad: #ffb4ab } }",
+    "* { box-sizing: border-box; margin: 0 } [hidden], .head > :empty { display: none !important }",
+    ":focus-visible { outline: 3px solid var(--accent); outline-offset: -2px }",
+    ":disabled { opacity: .6; cursor: default }",
+    "body { display: grid; grid: auto minmax(0, 1fr) / minmax(0, 1fr) 16rem; height: 100dvh; font:",
+    "  16px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; color: var(--text); background:",
+    "  var(--back) }",
+    "header, aside, form, dialog, .line, button, input, textarea, #faces { color: inherit;",
+    "  background: var(--card); border: 0 solid var(--line); border-radius: 0 }",
+    "button, input, textarea { font: inherit; border-width: 1px; border-radius: .6rem; padding:",
+    "  .4rem .8rem; min-width: 0 }",
+    "button:enabled, summary { cursor: pointer }",
+    ".main { background: var(--accent); border-color: var(--accent); color: var(--on) }",
+    "header, #net, #to { display: flex; align-items: center; gap: .6rem; padding: 0 1rem }",
+    "header { grid-column: 1 / -1; border-width: 0 0 1px; padding: .5rem 1rem }",
+    "h1, #status, #whom { flex: 1; font-size: inherit } h1, a { color: var(--accent) }",
+    "main { display: flex; flex-direction: column; min-height: 0 }",
+    "#talk { flex: 1; overflow: hidden auto; overflow-anchor: none; padding: 1rem }",
+    ".line { width: fit-content; max-width: min(85%, 42rem); margin-bottom: .6rem; padding: .4rem",
+    "  .9rem .5rem; border-radius: .3rem 1rem 1rem; box-shadow: 0 1px 2px #0002 }",
+    ".own { margin-left: auto; background: var(--own); border-radius: 1rem .3rem 1rem 1rem }",
+    ".private { background: var(--private) } .pending { opacity: .6 }",
+    ".text { white-space: pre-wrap; unicode-bidi: plaintext } time { white-space: nowrap }",
+    ".head, .system, #to { font-size: .85rem; color: var(--soft) }",
+    ".head > * { margin-right: .6rem } .head > bdi, summary { font-weight: 600 }",
+    ".system { text-align: center; margin-bottom: .6rem } #net { background: var(--warn) }",
+    ".why { color: var(--bad) } #status:not(:empty) { padding: .8rem 0 }",
+    "#composer { display: grid; grid: auto auto / 1fr auto; gap: .4rem .6rem; align-items: end;",
+    "  padding: .4rem 1rem .8rem; border-width: 1px 0 0; position: relative }",
+    "#to { grid-column: 1 / -1; padding: 0 .6rem; border-radius: .6rem; min-height: 2.6rem }",
+    "textarea { max-height: 35vh; resize: none; field-sizing: content } summary { padding: .5rem }",
+    "#faces button { width: 3.2rem; border: 0; font-size: 1.2rem }",
+    "#faces { position: absolute; right: 1rem; bottom: 100%; width: 13.5rem; border-width: 1px }",
+    "aside { overflow-y: auto; padding: .5rem; border-width: 0 0 0 1px }",
+    "ul { list-style: none; padding: 0 0 .5rem }",
+    "li button { width: 100%; border: 0; text-align: start }",
+    "li button:enabled:hover, [aria-current] { background: var(--own) }",
+    "dialog { margin: auto; padding: 1.5rem; border-radius: 1rem; width: min(22rem, 90vw) }",
+    "dialog form, dialog label { display: grid; gap: .8rem }",
+    "@media (max-width: 700px) { body { grid: auto auto minmax(0, 1fr) / minmax(0, 1fr) } aside {",
+    "  grid-row: 2; display: grid; grid: auto / 1fr 1fr; max-height: 50vh; padding: 0 .5rem;",
+    "  border-width: 0 0 1px } aside [open] { grid-column: 1 / -1 } }",
+    "</style></head><body>",
+    "<header><h1 id='where'>xchat</h1><button id='me' type='button'>Your name</button></header>",
+    "<main><div id='talk' role='region' tabindex='0'></div>",
+    "<div id='net'><p id='status' role='status'></p>",
+    "<button id='retry' type='button' hidden>Try now</button></div>",
+    "<form id='composer'><div id='to'><label id='whom' for='text'></label>",
+    "<button id='all' type='button' hidden>To everyone</button>",
+    "<details><summary>Emoji</summary><div id='faces'>&#x1f600;&#x1f602;&#x1f60a;&#x1f60d;",
+    "&#x1f60e;&#x1f914;&#x1f622;&#x1f621;&#x1f44d;&#x1f44f;&#x1f64f;&#x1f389;</div>",
+    "</details></div><textarea id='text' rows='1'></textarea>",
+    "<button id='send' class='main' disabled>Send</button></form></main>",
+    "<aside><details><summary>Rooms</summary><ul id='rooms'></ul></details>",
+    "<details><summary><span>Members</span> <span id='count'></span></summary>",
+    "<ul id='members'></ul></details></aside>",
+    "<dialog id='hello' aria-labelledby='title'><form method='dialog'>",
+    "<h2 id='title'>Join the chat</h2><label><span>Your name</span>",
+    "<input id='name' required pattern='.*[^ ].*' autocomplete='nickname'></label>",
+    "<label><span>Room</span><input id='room' required></label>",
+    "<p id='why' class='why' role='alert'></p><button class='main' value='go'>Enter</button>",
+    "</form></dialog>",
+    "<script>",
+    "'use strict';",
+    "const ZH = {",
+    "  'Try now': '重试', 'Emoji': '表情', 'Send': '发送', 'Rooms': '房间', 'Members': '成员',",
+    "  'Other room...': '其他房间…', 'Join the chat': '加入聊天', 'Your name': '你的名字',",
+    "  'Room': '房间', 'Enter': '进入', ' (you)': '（你）', 'Room %': '房间 %',",
+    "  '% came in': '% 进来了', '% left': '% 离开了', 'To everyone': '对所有人说',",
+    "  'Private to %': '悄悄对 % 说', 'Not sent: ': '没有发出：', 'Edit again': '重新编辑',",
+    "  'Messages': '消息', 'Connecting...': '正在连接…', 'connection lost': '连接断开',",
+    "  'Offline: your text is kept.': '离线，文字会保留',",
+    "  'Connection closed: ': '连接被服务器关闭：', 'too long': '太长了',",
+    "  'has left': '对方已经离开', 'too fast': '说得太快了',",
+    "};",
+    "const PLAIN = { too_long: 'too long', no_such_client: 'has left', rate_limited: 'too fast' };",
+    "const zh = /^zh/i.test(navigator.language), t = text => zh && ZH[text] || text;",
+    "const $ = id => document.getElementById(id);",
+    "const clock = new Intl.DateTimeFormat(navigator.language, { timeStyle: 'short' });",
+    "const ALL = { id: 'all', name: 'all' }, MAX_LINES = 500, ROOMS = ['1', '2', '3', '4'];",
+    "const wide = matchMedia('(min-width: 701px)');",
+    "const NO_RETRY = [1002, 1003, 1007, 1009, 4001];   // our fault, or thrown out: stay away",
+    "const CHARS = { amp: 38, lt: 60, gt: 62, quot: 34, '#039': 39 };",
+    "let ws, timer, heard, tries = 0;      // connection, next attempt, last word, attempts so far",
+    "let ready = false, since, me;         // logged in, since when, our client id",
+    "let want, here, log, to = ALL;        // { name, room } asked for, granted; its log; the ear",
+    "let shift = 0, atEnd = true, lastTop = 0, unread = 0;",
+    "const pending = new Map();            // ref -> { line, text, to }: said, not yet heard back",
+    "const members = new Map(), logs = new Map();       // client id -> list item, room -> log",
+    "let store = {};                       // where storage is forbidden nothing is remembered",
+    "try { store = localStorage; } catch (e) { /* as said */ }",
+    "// Text: what people write becomes text nodes, never markup.",
+    "function make(tag, cls, ...kids) {",
+    "  const e = Object.assign(document.createElement(tag), { className: cls });",
+    "  e.append(...kids);",
+    "  return e;",
+    "}",
+    "function button(onclick, ...kids) {",
+    "  return Object.assign(make('button', '', ...kids), { type: 'button', onclick });",
+    "}",
+    "function decode(html) {               // takes back the escaping, and the mark at a line end",
+    "  return html.replace(/<br [/]>(\\r\\n?|\\n\\r?)?/g, '\\n')",
+    "    .replace(/&(amp|lt|gt|quot|#039);/g, (all, name) => String.fromCharCode(CHARS[name]));",
+    "}",
+    "function linked(text) {               // odd parts are links: ASCII, no full stop at the end",
+    "  const parts = text.split(/(https?:[/][/][!-;=?-~]*[a-z0-9/=&#%_~+-])/i);",
+    "  const link = { target: '_blank', rel: 'noopener noreferrer' };",
+    "  return parts.map((s, i) => i % 2 ? Object.assign(make('a', '', s), link, { href: s }) : s);",
+    "}",
+    "function phrase(text, name) {         // <bdi>: a right-to-left name leaves the rest in order",
+    "  const [before, after] = t(text).split('%');",
+    "  return [before, make('bdi', '', name), after];",
+    "}",
+    "// The wire has the server's local time and no zone; login sets shift, the way to our clock.",
+    "function parse(time) { return Date.parse(time.replace(' ', 'T') + 'Z'); }",
+    "function stamp(time) {",
+    "  const when = new Date(time ? parse(time) + shift : Date.now());",
+    "  const title = when.toLocaleString();",
+    "  return Object.assign(make('time', '', clock.format(when)), { title });",
+    "}",
+    "// The log of a room.",
+    "function follow() {                   // one layout a frame, however many lines came",
+    "  requestAnimationFrame(() => { if (atEnd) $('talk').scrollTop = $('talk').scrollHeight; });",
+    "}",
+    "function addLine(line) {              // what is not confirmed yet stays below the rest",
+    "  const next = pending.values().next().value;",
+    "  log.insertBefore(line, next && next.line.parentNode === log ? next.line : null);",
+    "  while (log.childElementCount > MAX_LINES) log.firstChild.remove(); follow();",
+    "}",
+    "function system(text, time) {         // of a crowd coming or going only five lines stay",
+    "  const run = [...log.children].slice(-5);",
+    "  if (run.length === 5 && run.every(e => e.className === 'system')) run[0].remove();",
+    "  addLine(make('p', 'system', ...text, ' ', stamp(time)));",
+    "}",
+    "function bubble(kind, from, whom, time, text) {",
+    "  const note = whom.id === 'all' ? '' : phrase('Private to %', whom.name);",
+    "  const head = make('p', 'head', make('bdi', '', from), make('span', '', ...note), time);",
+    "  const body = make('p', 'text', ...linked(text));",
+    "  return make('article', 'line ' + kind + (note && ' private'), head, body);",
+    "}",
+    "function fail(ref, why) {",
+    "  const { line, text, to } = pending.get(ref);",
+    "  const again = button(() => {        // to the same ear: private words must not slip out",
+    "    line.remove(); choose(to, [$('text').value, text].filter(Boolean).join('\\n'));",
+    "  }, t('Edit again')); pending.delete(ref); line.classList.remove('pending');",
+    "  line.append(make('p', 'why', t('Not sent: '), why, ' ', again)); follow();",
+    "}",
+    "function setUnread(n) {",
+    "  unread = n;",
+    "  document.title = (n ? '(' + n + ') ' : '') + $('where').textContent + ' - xchat';",
+    "}",
+    "// Rooms, members, whom we talk to.",
+    "function ask(why) {                   // for a name and a room",
+    "  [$('name').value, $('room').value, $('why').textContent] = [want.name, want.room, why];",
+    "  if (!$('hello').open) $('hello').showModal();",
+    "}",
+    "function go(name, room) {",
+    "  want = { name, room };",
+    "  if (ws && ws.readyState === 1) login(); else connect();",
+    "}",
+    "function fold() {                     // on a phone the drawers close after use",
+    "  document.querySelectorAll('aside details').forEach(d => { d.open = wide.matches; });",
+    "}",
+    "function roomItem(room) {",
+    "  const b = button(() => go(here.name, room), make('bdi', '', room));",
+    "  if (room === here.room) b.setAttribute('aria-current', 'page');",
+    "  return make('li', '', b);",
+    "}",
+    "function enter(room) {",
+    "  log = logs.get(room) || make('div', '');",
+    "  log.setAttribute('role', 'log');    // screen readers read out what is added",
+    "  logs.set(room, log); $('talk').replaceChildren(log); atEnd = true; follow();",
+    "  const rooms = [...new Set([...ROOMS, ...logs.keys()])].map(roomItem);",
+    "  const other = make('li', '', button(() => ask(''), t('Other room...')));",
+    "  $('rooms').replaceChildren(...rooms, other);",
+    "  $('where').replaceChildren(...phrase('Room %', room));",
+    "  history.replaceState(null, '', '?room_id=' + encodeURIComponent(room)); setUnread(unread);",
+    "  choose($('text').value ? to : ALL); // what is half written keeps its ear",
+    "}",
+    "function putMember(id, name) {        // a new one, or a new name",
+    "  const li = members.get(id) || make('li', ''), you = id === me ? t(' (you)') : '';",
+    "  li.replaceChildren(button(() => choose({ id, name }), make('bdi', '', name), you));",
+    "  li.firstChild.disabled = id === me;",
+    "  if (!members.has(id)) $('members').append(li);",
+    "  members.set(id, li); $('count').textContent = members.size;",
+    "}",
+    "function choose(whom, text = $('text').value) {",
+    "  to = whom;",
+    "  const all = to === ALL;",
+    "  $('all').hidden = all; $('to').className = all ? '' : 'private';",
+    "  $('whom').replaceChildren(...all ? [t('To everyone')] : phrase('Private to %', to.name));",
+    "  $('text').value = text; $('text').focus(); fold();",
+    "}",
+    "function say() {",
+    "  const text = $('text').value, ref = newRef();",
+    "  if (!ready || !text.trim()) return;",
+    "  const line = bubble('own pending', here.name, to, stamp(), text);",
+    "  log.append(line); pending.set(ref, { line, text, to });",
+    "  post({ type: 'say', to_client_id: to.id, to_client_name: to.name, content: text, ref });",
+    "  $('text').value = ''; atEnd = true; follow();",
+    "}",
+    "// The connection.",
+    "function newRef() { return crypto.getRandomValues(new Uint32Array(4)).join('-'); }",
+    "function post(message) { if (ws.readyState === 1) ws.send(JSON.stringify(message)); }",
+    "function setStatus(text, retry) {     // no text: all is well",
+    "  ready = !text; $('status').textContent = text;",
+    "  $('retry').hidden = !retry; $('send').disabled = !ready;",
+    "}",
+    "function login() {                    // the place for what a resume will need",
+    "  want.ref = newRef();",
+    "  post({ type: 'login', client_name: want.name, room_id: want.room, ref: want.ref });",
+    "}",
+    "function connect() {",
+    "  if (ws && ws.readyState < 2) return;",
+    "  clearTimeout(timer); setStatus(t('Connecting...')); heard = Date.now();",
+    "  ws = new WebSocket(location.href.replace(/^http/, 'ws').replace(/[?#].*/, ''));",
+    "  ws.onopen = login; ws.onclose = lost;",
+    "  ws.onmessage = e => {",
+    "    const d = JSON.parse(e.data);",
+    "    heard = Date.now();",
+    "    if (Object.hasOwn(on, d.type)) on[d.type](d);",
+    "  };",
+    "}",
+    "function lost(e) {",
+    "  if (ready && Date.now() - since > 10000) tries = 0;",
+    "  for (const ref of pending.keys()) fail(ref, t('connection lost'));",
+    "  if (NO_RETRY.includes(e.code))",
+    "    return setStatus(t('Connection closed: ') + (e.reason || e.code), true);",
+    "  setStatus(t('Offline: your text is kept.'), true);",
+    "  const wait = e.code === 1008 ? 30000 : Math.min(30000, 500 * 2 ** tries++);",
+    "  timer = setTimeout(connect, wait * (0.5 + Math.random()));    // not everybody at once",
+    "}",
+    "function watch() {                    // a dead network closes nothing: ask, later give up",
+    "  const quiet = Date.now() - heard;",
+    "  if (!ws || ws.readyState > 1 || quiet < 30000) return;",
+    "  if (quiet < 75000) return post({ type: 'ping' });",
+    "  ws.onclose = null;                  // it would come much later",
+    "  ws.close(); lost({});",
+    "}",
+    "function welcome(d) {                 // our login, answered: it has the member list",
+    "  if (d.ref !== want.ref) return;     // meanwhile we asked for another room",
+    "  const moved = !here || here.room !== want.room;",
+    "  [me, since, here] = [d.client_id, Date.now(), want];",
+    "  shift = Math.round((since - parse(d.time)) / 900000) * 900000;  // zones differ by quarters",
+    "  $('me').textContent = store.xchatName = here.name; members.clear();",
+    "  $('members').replaceChildren();",
+    "  for (const [id, name] of Object.entries(d.client_list)) putMember(id, decode(name));",
+    "  setStatus('');",
+    "  if (moved) enter(here.room);",
+    "}",
+    "const on = {                          // one function for each type of message",
+    "  ping() { post({ type: 'pong' }); },",
+    "  login(d) {",
+    "    const name = decode(d.client_name);",
+    "    if (d.client_list) return welcome(d);",
+    "    if (!members.has(d.client_id)) system(phrase('% came in', name), d.time);",
+    "    putMember(d.client_id, name);",
+    "  },",
+    "  logout(d) {",
+    "    if (!members.has(d.from_client_id)) return;",
+    "    members.get(d.from_client_id).remove(); members.delete(d.from_client_id);",
+    "    $('count').textContent = members.size;",
+    "    system(phrase('% left', decode(d.from_client_name)), d.time);",
+    "  },",
+    "  say(d) {",
+    "    const own = d.from_client_id === me, said = own && pending.get(d.ref);",
+    "    if (said) {                       // what we said is confirmed",
+    "      pending.delete(d.ref); said.line.classList.remove('pending');",
+    "      return said.line.querySelector('time').replaceWith(stamp(d.time));",
+    "    }",
+    "    const id = d.to_client_id, from = decode(d.from_client_name);",
+    "    const whom = { id, name: members.has(id) ? members.get(id).textContent : '' };",
+    "    // Private content starts with <b>who speaks to whom: </b>; the bubble has its own way.",
+    "    const html = id === 'all' ? d.content : d.content.replace(/^<b>[^<]*<[/]b>/, '');",
+    "    addLine(bubble(own ? 'own' : '', from, whom, stamp(d.time), decode(html)));",
+    "    if (document.hidden && !own) setUnread(unread + 1);",
+    "  },",
+    "  error(d) {",
+    "    if (pending.has(d.ref)) fail(d.ref, PLAIN[d.code] ? t(PLAIN[d.code]) : d.message);",
+    "    else if (d.ref === want.ref) ask(d.message);",
+    "  },",
+    "};",
+    "// What the person does.",
+    "$('me').onclick = () => ask(''); $('all').onclick = () => choose(ALL);",
+    "$('retry').onclick = connect;",
+    "$('hello').onclose = () => {          // by its button, or by Escape",
+    "  if ($('hello').returnValue) go($('name').value.trim(), $('room').value);",
+    "  else if (here) want = here; else ask($('why').textContent); $('hello').returnValue = '';",
+    "}; $('composer').onsubmit = e => { e.preventDefault(); say(); };",
+    "$('text').onkeydown = e => {          // while an input method composes, Enter is not 13",
+    "  if (e.keyCode !== 13 || e.shiftKey) return;",
+    "  e.preventDefault(); say();",
+    "};",
+    "$('talk').onscroll = () => {          // only the reader lowers scrollTop, new lines never do",
+    "  const box = $('talk'), gap = box.scrollHeight - box.scrollTop - box.clientHeight;",
+    "  atEnd = gap < 50 || atEnd && box.scrollTop >= lastTop; lastTop = box.scrollTop;",
+    "};",
+    "function insert(face) {",
+    "  $('text').setRangeText(face, $('text').selectionStart, $('text').selectionEnd, 'end');",
+    "  $('text').focus();",
+    "}",
+    "const faces = $('faces').textContent.match(/[^ \\n]/gu);",
+    "$('faces').replaceChildren(...faces.map(face => button(() => insert(face), face)));",
+    "new ResizeObserver(follow).observe($('talk'));",
+    "document.onvisibilitychange = () => { if (!document.hidden && here) setUnread(0); };",
+    "addEventListener('online', () => { if (timer) connect(); });",
+    "addEventListener('pagehide', () => { if (ws) ws.close(); });    // or we stay as a ghost",
+    "setInterval(watch, 10000);",
+    "for (const e of document.querySelectorAll('h2, button, span, summary'))",
+    "  if (!e.children.length) e.textContent = t(e.textContent);",
+    "if (zh) document.documentElement.lang = 'zh-CN';",
+    "$('talk').ariaLabel = t('Messages'); wide.onchange = fold;",
+    "fold(); want = { name: store.xchatName || '',",
+    "  room: new URLSearchParams(location.search).get('room_id') || '1' };",
+    "if (want.name) connect(); else ask('');",
+    "</script></body></html>",
+};
+
+static struct {
+    struct buf html, headers;
+} page;
+
+/* What stands between two tags of the page. */
+static slice page_part(const char *open, const char *close) {
+    const char *start = strstr(page.html.p, open) + strlen(open);
+    return (slice){start, (size_t)(strstr(start, close) - start)};
+}
+
+static void page_add_source(const char *directive, slice part) {
+    unsigned char hash[SHA256_DIGEST_LENGTH], text[4 * (SHA256_DIGEST_LENGTH / 3 + 1) + 1];
+    SHA256((const unsigned char *)part.p, part.len, hash);
+    EVP_EncodeBlock(text, hash, sizeof hash);
+    buf_printf(&page.headers, "; %s 'sha256-%s'", directive, text);
+}
+
+static void page_init(void) {
+    for (size_t i = 0; i < sizeof page_lines / sizeof *page_lines; i++)
+        buf_printf(&page.html, "%s\n", page_lines[i]);
+    buf_add(&page.headers, S("Content-Type: text/html; charset=utf-8\r\nCache-Control: no-cache\r\n"
+                             "X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
+                             "Content-Security-Policy: default-src 'none'; connect-src 'self'; img-src data:; "
+                             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"));
+    page_add_source("script-src", page_part("<script>", "</script>"));
+    page_add_source("style-src", page_part("<style>", "</style>"));
+    buf_add(&page.headers, S("\r\n"));
+}
+
+/* `request` of the chat's site. */
+static void page_request(struct conn *c, const struct request *q) {
+    if (!slice_eq(q->method, S("GET")) && !slice_eq(q->method, S("HEAD")))
+        http_reply(c, q, "405 Method Not Allowed", S(PLAIN "Allow: GET, HEAD\r\n"),
+                   S("only GET and HEAD are answered here\n"));
+    else if (slice_eq(q->path, S("/")))
+        http_reply(c, q, "200 OK", buf_slice(&page.headers), buf_slice(&page.html));
+    else if (slice_eq(q->path, S("/health"))) http_reply(c, q, "200 OK", S(PLAIN), S("ok\n"));
+    else http_reply(c, q, "404 Not Found", S(PLAIN), S("there is a page at / and nothing else\n"));
+}
+
+static const struct site page_site = {page_request, chat_upgraded};
+
+/* ==========================================================================
+ * 13. Main
+ * ==========================================================================
+ *
+ * Every option is one row of a table: its names, range, default and help. One loop
+ * reads the command line by it, one the environment (--max-head is XCHAT_MAX_HEAD
+ * there), and one prints --help. What is not in the table or not in its range is
+ * refused with status 2; what keeps the server from starting ends it with status 1;
+ * both in one line that names the option.
+ *
+ * A signal only writes a byte into a socket of the loop, so that all is done at one
+ * place and time. The first SIGTERM or SIGINT says goodbye to everybody, the second
+ * one ends the program on the spot.
+ *
+ * Owns: the options, the list of listeners. Calls: all above. Called by: the shell.
+ */
+
+static struct {
+    const char *binds[16];
+    uint32_t n_binds;
+    int signal_fd;   /* signals are written here */
+    volatile sig_atomic_t signals;
+} mains;
+
+static const char *take_bind(const char *value) {
+    if (mains.n_binds == sizeof mains.binds / sizeof *mains.binds) return "too many";
+    mains.binds[mains.n_binds++] = value;
+    return NULL;
+}
+
+static const char *take_verbose(const char *value) {
+    opt.verbose = true;
+    return value;   /* NULL: it has none */
+}
+
+static const char *take_version(const char *value) {
+    puts("xchat 0.1");
+    exit(value != NULL);
+}
+
+static const char *take_help(const char *value);   /* prints the table it is in */
+
+static struct option {
+    const char *name, *arg;                   /* arg: what stands behind it; NULL: nothing */
+    char letter;
+    uint32_t *number, min, max, initial;      /* where a number goes... */
+    const char *(*take)(const char *value);   /* ...or who takes a text; NULL, or what is wrong */
+    const char *help;
+    bool given;
+} options[] = {
+    {"port", "N", 'p', &opt.port, 0, 65535, 7272, NULL, "port to listen on; 0 picks a free one", false},
+    {"bind", "ADDR", 'b', NULL, 0, 0, 0, take_bind, "address, address:port or unix:PATH; repeatable (all)", false},
+    {"max-message", "BYTES", 0, &opt.max_message, 128, 1 << 24, 65536, NULL, "longest message", false},
+    {"max-head", "BYTES", 0, &opt.max_head, 256, 1 << 20, 8192, NULL, "longest HTTP request head", false},
+    {"max-clients", "N", 0, &opt.max_clients, 1, 1000000, 10000, NULL, "connections at a time", false},
+    {"max-per-address", "N", 0, &opt.max_per_address, 0, 1000000, 256, NULL, "of these, from one address; 0: any", false},
+    {"max-rooms", "N", 0, &opt.max_rooms, 1, 1 << 24, 65536, NULL, "rooms at a time", false},
+    {"rate", "N", 0, &opt.rate, 0, 1000000, 50, NULL, "messages a second and client; 0: any", false},
+    {"burst", "N", 0, &opt.burst, 1, 1000000, 100, NULL, "messages at once and client", false},
+    {"backlog", "BYTES", 0, &opt.backlog, 4096, 1 << 30, 1 << 20, NULL, "how far a client may fall behind", false},
+    {"trust-proxy", "CIDR", 0, NULL, 0, 0, 0, http_trust, "proxy whose X-Forwarded-For counts; repeatable", false},
+    {"ping", "SECONDS", 0, &opt.ping_s, 1, 86400, 25, NULL, "silence before a ping; three and it is gone", false},
+    {"timeout", "SECONDS", 0, &opt.timeout_s, 1, 3600, 10, NULL, "time for a whole HTTP request", false},
+    {"verbose", NULL, 'v', NULL, 0, 0, 0, take_verbose, "log every connection", false},
+    {"version", NULL, 'V', NULL, 0, 0, 0, take_version, "print the version", false},
+    {"help", NULL, 'h', NULL, 0, 0, 0, take_help, "print this", false},
+};
+
+enum { N_OPTIONS = sizeof options / sizeof *options };
+
+static const char *take_help(const char *value) {
+    puts("xchat: a small chat server. Once it runs, open http://localhost:7272/\n\n"
+         "Options (or environment: --max-head is XCHAT_MAX_HEAD there):");
+    for (const struct option *o = options; o < options + N_OPTIONS; o++) {
+        const char dash[] = {o->letter != 0 ? '-' : ' ', o->letter != 0 ? o->letter : ' ', '\0'};
+        int n = printf("  %s --%s %s", dash, o->name, o->arg != NULL ? o->arg : "");
+        printf("%*s%s", 27 - n, "", o->help);
+        if (o->number != NULL) printf(" (%u)", o->initial);
+        putchar('\n');
+    }
+    puts("\nExamples:\n  xchat --port 8080\n  xchat --bind unix:/run/xchat.sock --trust-proxy 127.0.0.1");
+    exit(value != NULL);
+}
+
+static void option_set(struct option *o, const char *value) {
+    int64_t number = o->number != NULL && value != NULL ? slice_number(slice_of(value), 10) : 0;
+    const char *why = o->take != NULL ? o->take(value) : NULL;
+    if (why != NULL) usage("--%s: '%s': %s", o->name, value, why);
+    if (o->number != NULL && (number < o->min || number > o->max))
+        usage("--%s: '%s' is not a number from %u to %u", o->name, value, o->min, o->max);
+    if (o->number != NULL) *o->number = (uint32_t)number;
+    o->given = true;
+}
+
+/* Reads argument i: --name value, --name=value or -x value. Returns how many it took. */
+static int option_read(int argc, char **argv, int i) {
+    slice name = slice_of(argv[i]), value = S("");
+    if (slice_starts(name, S("--"))) {
+        value = slice_cut(name, 2);
+        name = slice_split(&value, '=');
+    }
+    for (struct option *o = options; o < options + N_OPTIONS; o++) {
+        char letter[] = {'-', o->letter, '\0'};
+        if (!slice_eq(name, slice_of(o->name)) && !(o->letter != 0 && slice_eq(name, slice_of(letter)))) continue;
+        bool joined = strchr(argv[i], '=') != NULL;
+        if (o->arg == NULL && joined) usage("--%s takes no value", o->name);
+        if (o->arg != NULL && !joined && i + 1 == argc) usage("--%s: %s is missing", o->name, o->arg);
+        option_set(o, o->arg == NULL ? NULL : joined ? value.p : argv[i + 1]);
+        return o->arg == NULL || joined ? 1 : 2;
+    }
+    usage("%s: no such option; --help lists them", argv[i]);
+    return 0;
+}
+
+/* The command line goes before the environment. */
+static void options_read(int argc, char **argv) {
+    for (struct option *o = options; o < options + N_OPTIONS; o++)
+        if (o->number != NULL) *o->number = o->initial;
+    for (int i = 1; i < argc;) i += option_read(argc, argv, i);
+    for (struct option *o = options; o < options + N_OPTIONS; o++) {
+        char name[40];
+        int n = snprintf(name, sizeof name, "XCHAT_%s", o->name);
+        for (int i = 0; i < n; i++) name[i] = name[i] == '-' ? '_' : name[i] >= 'a' ? (char)(name[i] - 32) : name[i];
+        if (getenv(name) != NULL && !o->given && o->arg != NULL) option_set(o, getenv(name));
+    }
+}
+
+/* Every client is a descriptor. Takes as many as the system allows, and keeps some for
+ * listeners, and for telling those who are too many. */
+static void limit_clients(void) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+    limit.rlim_cur = limit.rlim_max;
+    if (setrlimit(RLIMIT_NOFILE, &limit) != 0) getrlimit(RLIMIT_NOFILE, &limit);
+    uint64_t files = limit.rlim_cur, most = files - (files >= 256 ? 64 : files / 4);
+    if (opt.max_clients <= most) return;
+    log_info("--max-clients: only %u fit into the limit of open files (ulimit -n)", (unsigned)most);
+    opt.max_clients = (uint32_t)most;
+}
+
+/* One --bind: "unix:/path", "127.0.0.1", "127.0.0.1:80", "[::1]:80" or "::1"; NULL is
+ * every address. */
+static void listen_on(const char *spec) {
+    slice host = slice_of(spec != NULL ? spec : ""), port = S("");
+    bool local = slice_starts(host, S("unix:")), bracket = slice_starts(host, S("["));
+    const char *colon = strchr(host.p, ':'), *why;
+    char name[108] = "";
+    if (local) host = slice_cut(host, 5);
+    else if (bracket) port = slice_cut(host, 1), host = slice_split(&port, ']');
+    else if (colon != NULL && colon == strrchr(colon, ':')) port = slice_of(colon), host.len -= port.len;
+    int64_t number = port.len == 0 ? opt.port : *port.p == ':' ? slice_number(slice_cut(port, 1), 10) : -1;
+    bool bad = number < 0 || number > 65535 || host.len >= sizeof name || (bracket && strchr(host.p, ']') == NULL);
+    if (bad || (spec != NULL && host.len == 0)) usage("--bind: '%s' is not ADDR, ADDR:PORT or unix:PATH", spec);
+    memcpy(name, host.p, host.len);
+    if (local) why = listen_unix(name, &http_listener, &page_site);
+    else why = listen_tcp(name, (uint16_t)number, &http_listener, &page_site);
+    if (why != NULL) die("--bind %s, --port %u: %s", spec != NULL ? spec : "(all)", opt.port, why);
+}
+
+static void on_signal(int number) {
+    int saved = errno;
+    (void)number;
+    if (mains.signals++ > 0) _exit(1);
+    if (write(mains.signal_fd, "x", 1) < 0) _exit(1);
+    errno = saved;
+}
+
+static ssize_t signal_feed(struct conn *c, char *p, size_t n) {
+    (void)p;
+    log_info("stopping");
+    loop_stop();
+    conn_lost(c, "done");
+    return (ssize_t)n;
+}
+
+static const struct proto signal_proto = {.name = "signal", .feed = signal_feed};
+
+static void signals_init(void) {
+    struct sigaction act = {.sa_handler = on_signal}, ignore = {.sa_handler = SIG_IGN};
+    int pair[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) != 0 || fd_prepare(pair[0]) != 0 || fd_prepare(pair[1]) != 0)
+        die("socketpair: %s", strerror(errno));
+    mains.signal_fd = pair[1];
+    conn_new(pair[0], &signal_proto, NULL);
+    sigaction(SIGTERM, &act, NULL);
+    sigaction(SIGINT, &act, NULL);
+    sigaction(SIGPIPE, &ignore, NULL);
+    sigaction(SIGHUP, &ignore, NULL);
+}
+
+int main(int argc, char **argv) {
+    memory_init();
+    clock_read();
+    options_read(argc, argv);
+    limit_clients();
+    if (RAND_bytes(tables.secret, sizeof tables.secret) != 1) die("no random bytes");
+    http.callers.key = caller_key;
+    rooms.by_name.key = room_key;
+    loop.flush = rooms_flush;
+    page_init();
+    signals_init();
+    if (mains.n_binds == 0) listen_on(NULL);
+    for (uint32_t i = 0; i < mains.n_binds; i++) listen_on(mains.binds[i]);
+    chat_init(loop.conn[1]->peer.port);
+    loop_run();
+    for (uint32_t i = 0; i < mains.n_binds; i++)
+        if (slice_starts(slice_of(mains.binds[i]), S("unix:"))) unlink(mains.binds[i] + 5);
+    log_info("stopped");
+    return 0;
+}
