@@ -97,6 +97,7 @@ enum {
     JSON_DEPTH = 32,          /* arrays and objects inside each other */
     FRAGMENTS_MAX = 10000,    /* frames that make up one message */
     READ_BYTES = 65536,       /* read from one connection in one round */
+    REFUSED_MAX = 8,          /* connections beyond a limit that get an answer, at a time */
     OUT_HIGH = 65536,         /* who has more unread answers is not read from */
     TICK_MS = 1000,           /* how often deadlines are looked at */
     CLOSE_MS = 5000,          /* to send the rest, and to see the peer go */
@@ -767,6 +768,7 @@ struct proto {
     void (*message)(struct conn *c, slice text);               /* a WebSocket's: a text came */
     void (*tick)(struct conn *c);                              /* a second has passed */
     void (*closed)(struct conn *c);                            /* it ends: leave, queue last words */
+    void (*freed)(struct conn *c);                             /* its descriptor is closed */
     slice (*peek)(struct conn *c);                             /* what to send when `out` is empty */
     void (*sent)(struct conn *c, size_t n);                    /* n bytes of that went out */
 };
@@ -1031,6 +1033,7 @@ static const char *listen_tcp(const char *host, uint16_t port, const struct prot
 
 static void conn_free(struct conn *c) {
     close(c->fd);
+    if (c->proto->freed != NULL) c->proto->freed(c);
     loop.n--;
     loop.pfd[c->slot] = loop.pfd[loop.n];
     loop.conn[c->slot] = loop.conn[loop.n];
@@ -1195,7 +1198,8 @@ struct caller {   /* an address, and how many connections it has */
 };
 
 static struct {
-    uint32_t connections, n_proxies;
+    uint32_t connections, refused, n_proxies;
+    int64_t logged_ms;   /* the last line about somebody who was refused */
     struct table callers;
     struct cidr {
         struct addr base;
@@ -1357,8 +1361,11 @@ static void http_reply(struct conn *c, const struct request *q, const char *stat
 
 #define PLAIN "Content-Type: text/plain\r\n"
 
-/* Answers what is no request, or gets no further, and ends the connection: returns -1. */
+/* Answers what is no request, or gets no further, and ends the connection: returns -1.
+ * There is a line in the log, but not for each of many. */
 static int http_refuse(struct conn *c, const char *status, slice extra, const char *why) {
+    if (now.ms - http.logged_ms >= TICK_MS) log_info("%s: %s: %.*s", addr_text(&c->peer), status, (int)strlen(why) - 1, why);
+    http.logged_ms = now.ms;
     http_reply(c, &(struct request){.method = S("-"), .target = S("-")}, status, extra, slice_of(why));
     return -1;
 }
@@ -1387,17 +1394,30 @@ static int ws_upgrade(struct conn *c, const struct request *q) {
     return 0;
 }
 
+static void http_enter(struct conn *c) {
+    c->refused = !http_count(c, true);
+    http.refused += c->refused ? 1 : 0;
+}
+
+/* `freed` of HTTP, and of what it was upgraded to: until then it holds a descriptor. */
+static void http_freed(struct conn *c) {
+    http_count(c, false);
+    http.refused -= c->refused ? 1 : 0;
+    c->refused = false;
+}
+
 static int http_answer(struct conn *c, const struct request *q) {
     const struct site *site = c->state;
     if (c->proxy) {   /* each request may come from somebody else */
-        http_count(c, false);
+        http_freed(c);
         http_client(q->header[FORWARDED], &c->peer);
-        c->refused = !http_count(c, true);
+        http_enter(c);
     }
-    if (c->refused)
-        return http_refuse(c, "429 Too Many Requests", S(PLAIN "Retry-After: 5\r\n"), "too many from your address\n");
-    if (http.connections > opt.max_clients)
-        return http_refuse(c, "503 Service Unavailable", S(PLAIN "Retry-After: 5\r\n"), "too many clients\n");
+    if (c->refused || http.connections > opt.max_clients) {
+        c->eof = true;   /* do not wait for the peer: it has nothing more to say */
+        return http_refuse(c, c->refused ? "429 Too Many Requests" : "503 Service Unavailable",
+                           S(PLAIN "Retry-After: 5\r\n"), c->refused ? "over --max-per-address\n" : "over --max-clients\n");
+    }
     if (http_has_token(q->header[UPGRADE], S("websocket"))) return ws_upgrade(c, q);
     site->request(c, q);
     return 0;
@@ -1424,20 +1444,18 @@ static void http_tick(struct conn *c) {
     else http_refuse(c, "408 Request Timeout", S(PLAIN), "the request took longer than --timeout\n");
 }
 
-/* `closed` of HTTP, and of what it was upgraded to. */
-static void http_closed(struct conn *c) { http_count(c, false); }
-
 static const struct proto http_proto = {
-    .name = "http", .feed = http_feed, .tick = http_tick, .closed = http_closed,
+    .name = "http", .feed = http_feed, .tick = http_tick, .freed = http_freed,
 };
 
 static void http_accepted(struct conn *l, struct conn *c) {
     c->proto = &http_proto;
     c->state = l->state;
     c->proxy = http_trusts(&c->peer);
-    c->refused = !http_count(c, true) && !c->proxy;
+    if (!c->proxy) http_enter(c);
     /* Who is refused anyway must not hold a descriptor for long. */
     c->deadline_ms = now.ms + (c->refused ? TICK_MS : (int64_t)opt.timeout_s * 1000);
+    if (c->refused && http.refused > REFUSED_MAX) conn_lost(c, "over --max-per-address");
 }
 
 static const struct proto http_listener = {.name = "listener", .accepted = http_accepted, .tick = conn_touch};
@@ -1490,7 +1508,6 @@ static void ws_end(struct conn *c) {
         log_info("%s: closed with %u: %s", addr_text(&c->peer), code, c->why);
     if (!c->lost && !c->eof) ws_append(&c->out, WS_CLOSE, (slice){payload, n});
     buf_free(&ws->text);
-    http_closed(c);
 }
 
 /* Sends a text to this client alone. */
@@ -2081,7 +2098,7 @@ static void chat_closed(struct conn *c) {
 
 static const struct proto chat_proto = {
     .name = "chat", .feed = ws_feed, .message = chat_message, .tick = chat_tick, .closed = chat_closed,
-    .peek = room_peek, .sent = room_sent,
+    .freed = http_freed, .peek = room_peek, .sent = room_sent,
 };
 
 /* `upgraded` of the chat's site: this connection is a client from now on. */
@@ -2258,7 +2275,8 @@ static const char *const page_lines[] = {
     "function addLine(line) {              // what is not confirmed yet stays below the rest",
     "  const next = pending.values().next().value;",
     "  log.insertBefore(line, next && next.line.parentNode === log ? next.line : null);",
-    "  while (log.childElementCount > MAX_LINES) log.firstChild.remove(); follow();",
+    "  while (log.childElementCount > MAX_LINES) log.firstChild.remove();",
+    "  follow();",
     "}",
     "function system(text, time) {         // of a crowd coming or going only five lines stay",
     "  const run = [...log.children].slice(-5);",
@@ -2275,8 +2293,10 @@ static const char *const page_lines[] = {
     "  const { line, text, to } = pending.get(ref);",
     "  const again = button(() => {        // to the same ear: private words must not slip out",
     "    line.remove(); choose(to, [$('text').value, text].filter(Boolean).join('\\n'));",
-    "  }, t('Edit again')); pending.delete(ref); line.classList.remove('pending');",
-    "  line.append(make('p', 'why', t('Not sent: '), why, ' ', again)); follow();",
+    "  }, t('Edit again'));",
+    "  pending.delete(ref); line.classList.remove('pending');",
+    "  line.append(make('p', 'why', t('Not sent: '), why, ' ', again));",
+    "  follow();",
     "}",
     "function setUnread(n) {",
     "  unread = n;",
@@ -2307,7 +2327,8 @@ static const char *const page_lines[] = {
     "  const other = make('li', '', button(() => ask(''), t('Other room...')));",
     "  $('rooms').replaceChildren(...rooms, other);",
     "  $('where').replaceChildren(...phrase('Room %', room));",
-    "  history.replaceState(null, '', '?room_id=' + encodeURIComponent(room)); setUnread(unread);",
+    "  history.replaceState(null, '', '?room_id=' + encodeURIComponent(room));",
+    "  setUnread(unread);",
     "  choose($('text').value ? to : ALL); // what is half written keeps its ear",
     "}",
     "function putMember(id, name) {        // a new one, or a new name",
@@ -2375,8 +2396,8 @@ static const char *const page_lines[] = {
     "  const moved = !here || here.room !== want.room;",
     "  [me, since, here] = [d.client_id, Date.now(), want];",
     "  shift = Math.round((since - parse(d.time)) / 900000) * 900000;  // zones differ by quarters",
-    "  $('me').textContent = store.xchatName = here.name; members.clear();",
-    "  $('members').replaceChildren();",
+    "  $('me').textContent = store.xchatName = here.name;",
+    "  members.clear(); $('members').replaceChildren();",
     "  for (const [id, name] of Object.entries(d.client_list)) putMember(id, decode(name));",
     "  setStatus('');",
     "  if (moved) enter(here.room);",
@@ -2414,19 +2435,24 @@ static const char *const page_lines[] = {
     "  },",
     "};",
     "// What the person does.",
-    "$('me').onclick = () => ask(''); $('all').onclick = () => choose(ALL);",
+    "$('me').onclick = () => ask('');",
+    "$('all').onclick = () => choose(ALL);",
     "$('retry').onclick = connect;",
     "$('hello').onclose = () => {          // by its button, or by Escape",
     "  if ($('hello').returnValue) go($('name').value.trim(), $('room').value);",
-    "  else if (here) want = here; else ask($('why').textContent); $('hello').returnValue = '';",
-    "}; $('composer').onsubmit = e => { e.preventDefault(); say(); };",
+    "  else if (here) want = here;",
+    "  else ask($('why').textContent);",
+    "  $('hello').returnValue = '';",
+    "};",
+    "$('composer').onsubmit = e => { e.preventDefault(); say(); };",
     "$('text').onkeydown = e => {          // while an input method composes, Enter is not 13",
     "  if (e.keyCode !== 13 || e.shiftKey) return;",
     "  e.preventDefault(); say();",
     "};",
     "$('talk').onscroll = () => {          // only the reader lowers scrollTop, new lines never do",
     "  const box = $('talk'), gap = box.scrollHeight - box.scrollTop - box.clientHeight;",
-    "  atEnd = gap < 50 || atEnd && box.scrollTop >= lastTop; lastTop = box.scrollTop;",
+    "  atEnd = gap < 50 || atEnd && box.scrollTop >= lastTop;",
+    "  lastTop = box.scrollTop;",
     "};",
     "function insert(face) {",
     "  $('text').setRangeText(face, $('text').selectionStart, $('text').selectionEnd, 'end');",
@@ -2442,9 +2468,11 @@ static const char *const page_lines[] = {
     "for (const e of document.querySelectorAll('h2, button, span, summary'))",
     "  if (!e.children.length) e.textContent = t(e.textContent);",
     "if (zh) document.documentElement.lang = 'zh-CN';",
-    "$('talk').ariaLabel = t('Messages'); wide.onchange = fold;",
-    "fold(); want = { name: store.xchatName || '',",
-    "  room: new URLSearchParams(location.search).get('room_id') || '1' };",
+    "$('talk').ariaLabel = t('Messages');",
+    "wide.onchange = fold;",
+    "fold();",
+    "const asked = new URLSearchParams(location.search).get('room_id');",
+    "want = { name: store.xchatName || '', room: asked || '1' };",
     "if (want.name) connect(); else ask('');",
     "</script></body></html>",
 };
