@@ -1,0 +1,672 @@
+#!/usr/bin/env python3
+"""The built-in page in a real browser.
+
+Usage: browser.py [path of xchat]     (or the environment variable XCHAT; default: the repository's)
+
+Starts the server on a free port and two headless Chromiums (an English one, Ann's, and a Chinese
+one, Bob's), and drives them through chromedriver's plain HTTP interface. For each case one line:
+"ok NAME", "FAIL NAME: why" or "skip NAME: why"; the status is 1 when something failed. Nothing
+here sleeps for a fixed time: every step waits for what it needs, up to a deadline.
+"""
+import base64
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+WAIT = 6.0          # seconds a condition may take before it counts as broken
+CASES = []
+
+
+class Failed(Exception):
+    pass
+
+
+def case(function):
+    CASES.append(function)
+    return function
+
+
+def until(condition, what, seconds=WAIT):
+    """The first true result of condition(); fails with its last result."""
+    end = time.monotonic() + seconds
+    while True:
+        result = condition()
+        if result:
+            return result
+        if time.monotonic() > end:
+            raise Failed("waited %g s for: %s (last: %r)" % (seconds, what, result))
+        time.sleep(0.02)        # the pace of asking, not a guess how long the thing takes
+
+
+def same(got, expected, what):
+    if got != expected:
+        raise Failed("%s: %r instead of %r" % (what, got, expected))
+
+
+def end_process(process, signal_number=signal.SIGTERM):
+    """Stops what we started: its whole group, since a browser has children."""
+    for number in (signal_number, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            pass
+        try:
+            process.wait(6)
+            return
+        except subprocess.TimeoutExpired:
+            pass
+
+
+def port_from(log, process, pattern, seconds):
+    """Waits until a program says in its log on which port it listens."""
+    def look():
+        with open(log, errors="replace") as f:
+            text = f.read()
+        found = re.search(pattern, text)
+        if not found and process.poll() is not None:
+            raise Failed("%s did not start: %s" % (process.args[0], text[-300:].strip()))
+        return found
+    return int(until(look, "port of " + process.args[0], seconds).group(1))
+
+
+class Server:
+    """The program under test. It can be killed and started again on the same port."""
+
+    def __init__(self, binary, directory):
+        self.binary, self.directory, self.port, self.count = binary, directory, 0, 0
+        self.start()
+
+    def start(self):
+        self.count += 1
+        log = os.path.join(self.directory, "server%d.log" % self.count)
+        with open(log, "w") as f:
+            self.process = subprocess.Popen(
+                [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--rate", "0",
+                 "--max-message", "8192"],
+                stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
+        self.port = port_from(log, self.process, r"listening on 127\.0\.0\.1:(\d+)", WAIT)
+
+    def stop(self, signal_number=signal.SIGTERM):
+        end_process(self.process, signal_number)
+
+
+class Guest:
+    """A third person without a browser: a bare WebSocket that speaks the chat protocol."""
+
+    def __init__(self, port, name, room):
+        self.socket = socket.create_connection(("127.0.0.1", port), WAIT)
+        self.socket.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\n"
+                            b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                            b"Sec-WebSocket-Key: " + base64.b64encode(os.urandom(16)) +
+                            b"\r\n\r\n")
+        self.file = self.socket.makefile("rb")
+        while self.file.readline() not in (b"\r\n", b""):
+            pass
+        self.send(type="login", client_name=name, room_id=room)
+        self.id = self.read("login")["client_id"]
+
+    def send(self, **message):
+        data = json.dumps(message).encode()
+        size = (bytes([0x80 | len(data)]) if len(data) < 126
+                else b"\xfe" + len(data).to_bytes(2, "big"))
+        self.socket.sendall(b"\x81" + size + b"\0\0\0\0" + data)    # masked with zeros
+
+    def read(self, kind):
+        """The next message of that type."""
+        while True:
+            head = self.file.read(2)
+            if len(head) < 2:
+                raise Failed("the guest was disconnected")
+            size = head[1]
+            if size > 125:
+                size = int.from_bytes(self.file.read(2 if size == 126 else 8), "big")
+            payload = self.file.read(size)
+            message = json.loads(payload) if head[0] == 0x81 else {"type": "control frame"}
+            if message["type"] == kind:
+                return message
+
+    def say(self, text):
+        self.send(type="say", to_client_id="all", to_client_name="all", content=text)
+
+    def close(self):
+        self.file.close()
+        self.socket.close()
+
+
+class Driver:
+    """chromedriver, spoken to over HTTP."""
+
+    def __init__(self, chromedriver, directory):
+        log = os.path.join(directory, "chromedriver.log")
+        # All that the browsers leave behind lands in a directory that is deleted at the end.
+        env = dict(os.environ, HOME=directory, TMPDIR=directory)
+        with open(log, "w") as f:
+            self.process = subprocess.Popen([chromedriver, "--port=0"], stdin=subprocess.DEVNULL,
+                                            stdout=f, stderr=f, env=env, start_new_session=True)
+        port = port_from(log, self.process, r"started successfully on port (\d+)", 10)
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+
+    def call(self, method, path, body=None):
+        self.connection.request(method, path, None if body is None else json.dumps(body),
+                                {"Content-Type": "application/json"})
+        value = json.loads(self.connection.getresponse().read())["value"]
+        if isinstance(value, dict) and "error" in value and "message" in value:
+            raise Failed("%s %s: %s" % (method, path, value["message"].split("\n")[0]))
+        return value
+
+    def stop(self):
+        self.connection.close()
+        end_process(self.process)
+
+
+class Browser:
+    """One Chromium with one person in front of it."""
+    ENTER, TAB, ESCAPE, LEFT = "\ue007", "\ue004", "\ue00c", "\ue012"
+    ELEMENT = "element-6066-11e4-a52e-4f735466cecf"     # a fixed name in the WebDriver standard
+
+    def __init__(self, driver, chromium, directory, language):
+        self.driver, self.url = driver, None
+        profile = tempfile.mkdtemp(prefix="profile-", dir=directory)
+        options = {"binary": chromium, "args": [
+            "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--disable-dev-shm-usage", "--window-size=1000,700", "--lang=" + language,
+            "--accept-lang=" + language, "--user-data-dir=" + profile]}
+        capabilities = {"browserName": "chrome", "goog:chromeOptions": options,
+                        "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        session = driver.call("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
+        self.path = "/session/" + session["sessionId"]
+
+    def call(self, method, path, body=None):
+        return self.driver.call(method, self.path + path, body)
+
+    def js(self, script, *args):
+        return self.call("POST", "/execute/sync", {"script": script, "args": list(args)})
+
+    def cdp(self, command, **params):
+        return self.call("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def find(self, selector):
+        return self.call("POST", "/element",
+                         {"using": "css selector", "value": selector})[self.ELEMENT]
+
+    def click(self, selector):
+        self.call("POST", "/element/%s/click" % self.find(selector), {})
+
+    def type(self, selector, text):
+        self.call("POST", "/element/%s/value" % self.find(selector), {"text": text})
+
+    def press(self, key):
+        """A key for whatever has the focus."""
+        self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": [
+            {"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]}]})
+
+    def text(self, selector):
+        """The visible text of all that match, or None if nothing does."""
+        return self.js("const e = [...document.querySelectorAll(arguments[0])];"
+                       "return e.length ? e.map(x => x.innerText).join('\\n') : null", selector)
+
+    def lines(self, selector=".text"):
+        return self.js("return [...document.querySelectorAll('#talk ' + arguments[0])]"
+                       ".map(x => x.innerText)", selector)
+
+    def members(self):
+        return self.js("return [...document.querySelectorAll('#members bdi')]"
+                       ".map(x => x.textContent)")
+
+    def open(self, room=None):
+        self.call("POST", "/url", {"url": self.url + ("?room_id=" + room if room else "")})
+
+    def online(self):
+        return self.js("return !document.getElementById('send').disabled")
+
+    def enter(self, name, room):
+        """Come into a room under a name, through the form."""
+        self.open(room)
+        until(lambda: self.js("return document.getElementById('hello').open") or self.online(),
+              "the page to come up")
+        if not self.online() or self.text("#me") != name:
+            if self.online():
+                self.click("#me")
+            self.js("document.getElementById('name').value = ''")
+            self.type("#name", name + self.ENTER)
+        until(lambda: self.online() and name in self.members(), "%s in room %s" % (name, room))
+
+    def say(self, text):
+        self.type("#text", text + self.ENTER)
+
+    def sees(self, text, selector=".text"):
+        until(lambda: text in self.lines(selector),
+              "%r among %r" % (text, self.lines(selector)[-3:]))
+
+    def log(self, kind):
+        return self.call("POST", "/se/log", {"type": kind})
+
+    def close(self):
+        try:
+            self.call("DELETE", "")
+        except (Failed, OSError, http.client.HTTPException):
+            pass        # it is gone already; its driver is stopped next
+
+
+# ---- The cases. Each gets Ann's browser and Bob's, the server, and a room of its own. ----
+
+def meet(ann, bob, room):
+    """Both in one room, each seeing the other."""
+    ann.enter("Ann", room)
+    bob.enter("Bob", room)
+    until(lambda: "Bob" in ann.members(), "Bob in Ann's member list")
+
+
+@case
+def name_form(ann, bob, server, room):
+    ann.open(room)
+    until(lambda: ann.js("return document.getElementById('hello').open"), "the name form")
+    same(ann.js("return document.activeElement.id"), "name", "what has the focus")
+    ann.press(ann.ESCAPE)       # without a name there is nothing to go back to: it asks again
+    until(lambda: ann.js("return document.getElementById('hello').open"), "the form after Escape")
+    ann.type("#name", "Ann" + ann.ENTER)
+    until(ann.online, "Ann online")
+    same(ann.members(), ["Ann"], "members")
+    until(lambda: ann.js("return document.activeElement.id") == "text", "focus in the composer")
+    ann.open(room)              # the second time nobody asks
+    until(ann.online, "Ann online again, without a form")
+    same(ann.text("#me"), "Ann", "remembered name")
+
+
+@case
+def talk_both_ways(ann, bob, server, room):
+    meet(ann, bob, room)
+    ann.say("hello Bob")
+    bob.sees("hello Bob")
+    bob.say("hello Ann")
+    ann.sees("hello Ann")
+    ann.sees("hello Bob", ".own .text")
+    same(ann.lines(), ["hello Bob", "hello Ann"], "Ann's log")
+    same(bob.lines(".own .text"), ["hello Ann"], "Bob's own")
+    until(lambda: ann.lines(".pending") == [], "nothing pending")
+    same(bool(re.search(r"\d:\d\d", ann.text("#talk article time"))), True, "a time is shown")
+    same(ann.text("#text"), "", "composer after sending")
+
+
+@case
+def lines_and_symbols(ann, bob, server, room):
+    meet(ann, bob, room)
+    text = "one\ntwo  \\ \"q\" 'a' \t& &amp; &#039; <br /> \u4f60\u597d"
+    ann.js("document.getElementById('text').value = arguments[0]", text)
+    ann.type("#text", ann.ENTER)
+    until(lambda: bob.js("return document.querySelector('#talk .text')"), "the message")
+    for who in (ann, bob):
+        same(who.js("return document.querySelector('#talk .text').textContent"), text, "text")
+
+
+@case
+def members_follow(ann, bob, server, room):
+    ann.enter("Ann", room)
+    guest = Guest(server.port, "Carl", room)
+    until(lambda: ann.members() == ["Ann", "Carl"], "Carl in the list")
+    same(ann.text("#count"), "2", "count")
+    ann.sees("Carl", ".system bdi")
+    guest.send(type="login", client_name="Carla", room_id=room)
+    until(lambda: ann.members() == ["Ann", "Carla"], "Carl's new name in the list")
+    guest.close()
+    until(lambda: ann.members() == ["Ann"], "Carla gone from the list")
+    until(lambda: "Carla" in ann.lines(".system bdi"), "a line that Carla left")
+
+
+@case
+def private_talk(ann, bob, server, room):
+    meet(ann, bob, room)
+    guest = Guest(server.port, "Carl", room)
+    until(lambda: len(ann.members()) == 3, "Carl in the list")
+    ann.js("[...document.querySelectorAll('#members button')]"
+           ".find(b => b.textContent === 'Bob').focus()")
+    ann.press(ann.ENTER)
+    until(lambda: ann.text("#whom") == "Private to Bob", "whom Ann talks to")
+    ann.say("only for you")
+    bob.sees("only for you", ".private:not(.own) .text")
+    ann.sees("only for you", ".private.own:not(.pending) .text")
+    ann.click("#all")
+    same(ann.text("#whom"), "To everyone", "whom Ann talks to")
+    ann.say("for all")
+    same(guest.read("say")["content"], "for all", "the first thing that Carl hears")
+    same(ann.lines(), ["only for you", "for all"], "Ann's log")
+    guest.close()
+
+
+@case
+def html_is_text(ann, bob, server, room):
+    name = "<img src=x onerror=hit=1>&lt;b>\"'"
+    bob.enter("Bob", room)
+    ann.enter(name, room)
+    text = "<script>hit=1</script><img src=x onerror='hit=1'><b>\"&amp;</b>"
+    ann.say(text)
+    bob.sees(text)
+    bob.sees(name, ".head bdi")
+    guest = Guest(server.port, name, room)
+    bob.sees(name, ".system bdi")
+    guest.close()
+    until(lambda: len(bob.members()) == 2, "the guest gone")
+    same(bob.members(), ["Bob", name], "members")
+    bob.click("#members button:enabled")
+    same(bob.text("#whom bdi"), name, "whom Bob talks to")
+    bob.say("<i>x</i>")
+    ann.sees("<i>x</i>", ".private .text")
+    same(bob.lines(".private .head span bdi"), [name], "name in the private mark")
+    for who in (ann, bob):
+        same(who.js("return [typeof hit, document.querySelectorAll('#talk :is(img, script, b, i),"
+                    " #members :is(img, b), #whom img').length]"), ["undefined", 0], "markup")
+    ann.enter("Ann", room)      # the later cases want the plain name
+
+
+@case
+def links(ann, bob, server, room):
+    meet(ann, bob, room)
+    ann.say("see http://a.example/x?y=1&z='2', (https://b.example/) javascript:alert(1) "
+            "\u770bhttps://c.example/d\u3002 http:// ftp://e.example")
+    until(bob.lines, "the message")
+    same(bob.js("return [...document.querySelectorAll('#talk .text a')].map(a => "
+                "[a.getAttribute('href'), a.textContent, a.target, a.rel].join(' '))"),
+         ["%s %s _blank noopener noreferrer" % (url, url) for url in
+          ("http://a.example/x?y=1&z='2", "https://b.example/", "https://c.example/d")], "links")
+
+
+@case
+def room_switch(ann, bob, server, room):
+    meet(ann, bob, room)
+    ann.say("in the first room")
+    until(lambda: ann.lines(".own:not(.pending) .text"), "Ann's message")
+    ann.click("#rooms li:nth-child(2) button")
+    until(lambda: ann.text("#rooms [aria-current]") == "2", "room 2 marked")
+    same(ann.js("return location.search"), "?room_id=2", "address")
+    same((ann.members(), ann.lines()), (["Ann"], []), "members and log of room 2")
+    until(lambda: bob.members() == ["Bob"], "Ann gone from Bob's list")
+    bob.say("unheard")
+    bob.sees("unheard", ".own:not(.pending) .text")
+    same(ann.lines(), [], "what Ann hears in room 2")
+    ann.click("#rooms li:last-child button")
+    ann.js("document.getElementById('room').value = ''")
+    ann.type("#room", room + ann.ENTER)     # another room, by its name
+    until(lambda: sorted(ann.members()) == ["Ann", "Bob"], "both in the first room again")
+    same(ann.lines(), ["in the first room"], "log of the first room")
+
+
+@case
+def unread_title(ann, bob, server, room):
+    meet(ann, bob, room)
+    plain = ann.js("return document.title")
+    place = ann.call("POST", "/window/minimize", {})
+    until(lambda: ann.js("return document.hidden"), "Ann's window hidden")
+    for text in ("one", "two"):
+        bob.say(text)
+    until(lambda: ann.js("return document.title") == "(2) " + plain, "two unread in the title")
+    ann.call("POST", "/window/rect", place)
+    until(lambda: ann.js("return document.title") == plain, "the plain title")
+    same(ann.lines(), ["one", "two"], "what was said meanwhile")
+
+
+@case
+def errors_are_shown(ann, bob, server, room):
+    meet(ann, bob, room)
+    ann.click("#members button:enabled")
+    bob.open("elsewhere")
+    until(lambda: ann.members() == ["Ann"], "Bob gone")
+    ann.say("are you there?")
+    until(lambda: "Not sent: " in (ann.text(".line .why") or ""), "the error at the message")
+    ann.click(".line .why button")
+    same((ann.js("return document.getElementById('text').value"), ann.text("#whom"), ann.lines()),
+         ("are you there?", "Private to Bob", []), "the message back in the composer")
+    ann.click("#me")            # a name that is too long is refused in the form
+    ann.js("document.getElementById('name').value = ''")
+    ann.type("#name", "x" * 65 + ann.ENTER)
+    until(lambda: "64" in (ann.text("#why") or ""), "the error in the form")
+    ann.press(ann.ESCAPE)
+    until(lambda: not ann.js("return document.getElementById('hello').open"), "the form closed")
+    same(ann.text("#me"), "Ann", "the name that still counts")
+
+
+@case
+def message_over_the_limit(ann, bob, server, room):
+    meet(ann, bob, room)
+    ann.js("document.getElementById('text').value = 'x'.repeat(9000)")
+    ann.type("#text", ann.ENTER)
+    until(lambda: "Not sent: " in (ann.text(".line .why") or ""), "the sign that it was not sent")
+    until(lambda: ann.text("#status"), "the reason for the closing")
+    same(ann.js("return document.getElementById('retry').checkVisibility()"), True, "a way back")
+    ann.click("#retry")
+    until(ann.online, "Ann online again")
+
+
+@case
+def restart_and_reconnect(ann, bob, server, room):
+    meet(ann, bob, room)
+    ann.say("before")
+    bob.sees("before")
+    server.stop(signal.SIGKILL)
+    for who in (ann, bob):
+        until(lambda: not who.online() and who.text("#status"), "the offline sign")
+    ann.say("half a thought")           # Enter does nothing now, and the text stays
+    same(ann.js("return document.getElementById('text').value"), "half a thought", "composer")
+    same(ann.lines(), ["before"], "Ann's log")
+    server.start()
+    for who in (ann, bob):
+        until(who.online, "being online again", 10)
+        same(who.text("#status"), "", "status")
+    until(lambda: sorted(bob.members()) == sorted(ann.members()) == ["Ann", "Bob"], "both back")
+    ann.type("#text", ann.ENTER)
+    bob.sees("half a thought")
+    same(ann.lines(), ["before", "half a thought"], "Ann's log")
+
+
+@case
+def dead_network(ann, bob, server, room):
+    """A server that is only stopped closes nothing; the page has to notice by itself."""
+    ann.enter("Ann", room)
+    os.killpg(server.process.pid, signal.SIGSTOP)
+    try:
+        ann.js("heard -= 80000; watch()")       # as after 80 seconds without a word
+        until(lambda: not ann.online() and ann.text("#status"), "the offline sign")
+    finally:
+        os.killpg(server.process.pid, signal.SIGCONT)
+    until(ann.online, "Ann online again")
+
+
+@case
+def narrow_screen(ann, bob, server, room):
+    meet(ann, bob, room)
+    bob.say("w" * 300)
+    ann.sees("w" * 300)
+    guest = Guest(server.port, "n" * 64, room)
+    guest.say("https://long.example/" + "p" * 300)
+    until(lambda: len(ann.lines()) == 2, "the long link")
+    ann.cdp("Emulation.setDeviceMetricsOverride", width=320, height=560, deviceScaleFactor=1,
+            mobile=True)
+    try:
+        until(lambda: ann.js("return innerWidth") == 320, "a width of 320")
+        width = "return document.documentElement.scrollWidth"
+        same(ann.js(width), 320, "width of the page")
+        for drawer in (1, 2):
+            ann.click("aside details:nth-child(%d) summary" % drawer)
+            same(ann.js(width), 320, "width with drawer %d open" % drawer)
+        ann.js("[...document.querySelectorAll('#members button')].at(-1).click()")
+        same(ann.js("return document.querySelectorAll('aside [open]').length"), 0, "open drawers")
+        same(ann.js(width), 320, "width with a private talk")
+        ann.js("document.getElementById('text').value = ''")
+        ann.say("from the phone")
+        ann.sees("from the phone", ".own:not(.pending) .text")
+        same(ann.js("const r = document.getElementById('send').getBoundingClientRect();"
+                    "return r.right <= 320 && r.bottom <= 560"), True, "send button in sight")
+    finally:
+        ann.cdp("Emulation.clearDeviceMetricsOverride")
+        guest.close()
+
+
+@case
+def chinese_texts(ann, bob, server, room):
+    bob.enter("Bob", room)
+    same((bob.text("#send"), bob.text("#whom"), bob.js("return document.documentElement.lang")),
+         ("\u53d1\u9001", "\u5bf9\u6240\u6709\u4eba\u8bf4", "zh-CN"), "Bob's texts")
+    bob.click("#me")
+    same(re.search("[A-Za-z]", bob.text("#hello")), None, "English in Bob's form")
+    bob.press(bob.ESCAPE)
+    ann.enter("Ann", room)
+    same((ann.text("#send"), ann.js("return document.documentElement.lang")), ("Send", "en"),
+         "Ann's texts")
+    until(lambda: "\u8fdb\u6765\u4e86" in (bob.text(".system") or ""), "a line that Ann came")
+
+
+@case
+def emoji(ann, bob, server, room):
+    meet(ann, bob, room)
+    ann.type("#text", "ab")
+    ann.press(ann.LEFT)
+    ann.click("#to summary")
+    ann.click("#faces button")
+    ann.press(ann.ENTER)
+    bob.sees("a\U0001f600b")
+    ann.click("#to summary")
+
+
+@case
+def long_log_and_crowd(ann, bob, server, room):
+    ann.enter("Ann", room)
+    guests = [Guest(server.port, "guest %d" % i, room) for i in range(200)]
+    until(lambda: ann.text("#count") == "201", "201 members")
+    same(len(ann.lines(".system")) <= 5, True, "at most five lines about a crowd")
+    for i in range(1000):
+        guests[0].say("line %d" % i)
+    ann.sees("line 999")
+    same(len(ann.lines(".text")) <= 500, True, "a capped log")
+    at_end = ("const t = document.getElementById('talk');"
+              "return t.scrollHeight - t.scrollTop - t.clientHeight < 2")
+    until(lambda: ann.js(at_end), "the log at its end")
+    ann.js("document.getElementById('talk').scrollTop = 100")
+    until(lambda: not ann.js("return atEnd"), "the page to notice the scrolling")
+    guests[1].say("unseen")
+    ann.sees("unseen")
+    same(ann.js("return document.getElementById('talk').scrollTop"), 100, "reader's place")
+    for guest in guests:
+        guest.close()
+    until(lambda: ann.members() == ["Ann"], "all gone")
+
+
+@case
+def keyboard_and_screen_reader(ann, bob, server, room):
+    meet(ann, bob, room)
+    same(ann.js("return document.querySelector('#talk > *').getAttribute('role')"), "log", "role")
+    # Everything that can be used has a name for a screen reader.
+    same(ann.js("const controls = 'button, input, textarea, summary, [tabindex]';"
+                "return [...document.querySelectorAll(controls)].filter(e => !("
+                "e.textContent.trim() || e.ariaLabel || e.labels && e.labels.length))"
+                ".map(e => e.id || e.tagName)"), [], "controls without a name")
+    ann.js("document.getElementById('me').focus()")
+    reached = []
+    for _ in range(30):
+        ann.press(ann.TAB)
+        reached.append(ann.js("const e = document.activeElement; return e.id || e.textContent"))
+        if "Bob" in reached:
+            break
+    missing = [e for e in ("talk", "Emoji", "text", "send", "1", "4", "Bob") if e not in reached]
+    same(missing, [], "not reached with the Tab key")
+    same(ann.js("const s = getComputedStyle(document.activeElement);"
+                "return s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2"), True,
+         "visible focus")
+
+
+@case
+def dark_mode(ann, bob, server, room):
+    ann.enter("Ann", room)
+    color = "return getComputedStyle(document.body).backgroundColor"
+    light = ann.js(color)
+    ann.cdp("Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    same(ann.js(color) != light, True, "another background in the dark")
+    ann.cdp("Emulation.setEmulatedMedia", features=[])
+
+
+@case
+def nothing_from_elsewhere(ann, bob, server, room):
+    """All requests of all the cases above went to the server under test."""
+    for who in (ann, bob):
+        urls = set()
+        for entry in who.log("performance"):
+            message = json.loads(entry["message"])["message"]
+            params = message["params"]
+            if message["method"] == "Network.requestWillBeSent":
+                urls.add(params["request"]["url"])
+            elif message["method"] == "Network.webSocketCreated":
+                urls.add(params["url"])
+        foreign = [u for u in urls if not re.match(
+            r"(http|ws)://127\.0\.0\.1:%d/|data:|about:|chrome:" % server.port, u)]
+        same(foreign, [], "requests to other places")
+        same(bool(urls), True, "requests were seen at all")
+
+
+@case
+def clean_console(ann, bob, server, room):
+    """No error in the console, but for connections tried while the server was down."""
+    for who in (ann, bob):
+        same([e["message"] for e in who.log("browser")
+              if "WebSocket connection to" not in e["message"]], [], "console")
+
+
+# ---- The runner. ----
+
+def run(binary, chromium, chromedriver, directory):
+    failed = 0
+    stops = []
+    try:
+        server = Server(binary, directory)
+        stops.append(server.stop)
+        driver = Driver(chromedriver, directory)
+        stops.append(driver.stop)
+        browsers = []
+        for language in ("en-US", "zh-CN"):
+            browsers.append(Browser(driver, chromium, directory, language))
+            browsers[-1].url = "http://127.0.0.1:%d/" % server.port
+            stops.append(browsers[-1].close)
+        for number, function in enumerate(CASES):
+            name = "browser " + function.__name__.replace("_", " ")
+            try:
+                function(browsers[0], browsers[1], server, "case-%d" % number)
+                print("ok " + name)
+            except (Failed, OSError, http.client.HTTPException) as why:
+                failed += 1
+                print("FAIL %s: %s" % (name, why))
+            sys.stdout.flush()
+    finally:
+        for stop in reversed(stops):
+            stop()
+    return failed
+
+
+def main():
+    default = os.path.join(ROOT, "xchat")
+    binary = os.path.abspath(sys.argv[1] if len(sys.argv) > 1
+                             else os.environ.get("XCHAT") or default)
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    chromedriver = shutil.which("chromedriver")
+    if not chromium or not chromedriver:
+        print("skip browser: no %s here" % ("chromedriver" if chromium else "chromium"))
+        return 0
+    directory = tempfile.mkdtemp(prefix="xchat-browser-")
+    try:
+        return 1 if run(binary, chromium, chromedriver, directory) else 0
+    except (Failed, OSError, http.client.HTTPException) as why:
+        print("FAIL browser start: %s" % why)
+        return 1
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
