@@ -45,6 +45,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -537,7 +538,7 @@ static bool json_number_text(slice raw, struct buf *b) {
     char text[64] = "";
     memcpy(text, raw.p, raw.len < sizeof text ? raw.len : 0);
     double value = strtod(text, NULL);
-    bool whole = strpbrk(text, ".eE") == NULL && raw.len <= 18, ok = *text != '\0' && value <= 1e308 && value >= -1e308;
+    bool whole = strpbrk(text, ".eE") == NULL && raw.len <= 18, ok = *text != '\0' && isfinite(value);
     if (ok && !whole) snprintf(text, sizeof text, "%.15g", value);
     if (ok && !whole && strtod(text, NULL) != value) snprintf(text, sizeof text, "%.17g", value);
     if (ok) buf_add(b, slice_of(text));
@@ -1364,7 +1365,8 @@ static void http_reply(struct conn *c, const struct request *q, const char *stat
 /* Answers what is no request, or gets no further, and ends the connection: returns -1.
  * There is a line in the log, but not for each of many. */
 static int http_refuse(struct conn *c, const char *status, slice extra, const char *why) {
-    if (now.ms - http.logged_ms >= TICK_MS) log_info("%s: %s: %.*s", addr_text(&c->peer), status, (int)strlen(why) - 1, why);
+    if (now.ms - http.logged_ms >= TICK_MS)
+        log_info("%s: %s: %.*s", addr_text(&c->peer), status, (int)strlen(why) - 1, why);
     http.logged_ms = now.ms;
     http_reply(c, &(struct request){.method = S("-"), .target = S("-")}, status, extra, slice_of(why));
     return -1;
@@ -1409,14 +1411,18 @@ static void http_freed(struct conn *c) {
 static int http_answer(struct conn *c, const struct request *q) {
     const struct site *site = c->state;
     if (c->proxy) {   /* each request may come from somebody else */
+        struct sockaddr_storage proxy = {.ss_family = AF_UNIX};
+        socklen_t len = sizeof proxy;
         http_freed(c);
+        if (getpeername(c->fd, (struct sockaddr *)&proxy, &len) == 0) c->peer = addr_of(&proxy);
         http_client(q->header[FORWARDED], &c->peer);
         http_enter(c);
     }
     if (c->refused || http.connections > opt.max_clients) {
         c->eof = true;   /* do not wait for the peer: it has nothing more to say */
-        return http_refuse(c, c->refused ? "429 Too Many Requests" : "503 Service Unavailable",
-                           S(PLAIN "Retry-After: 5\r\n"), c->refused ? "over --max-per-address\n" : "over --max-clients\n");
+        const char *status = c->refused ? "429 Too Many Requests" : "503 Service Unavailable";
+        const char *why = c->refused ? "over --max-per-address\n" : "over --max-clients\n";
+        return http_refuse(c, status, S(PLAIN "Retry-After: 5\r\n"), why);
     }
     if (http_has_token(q->header[UPGRADE], S("websocket"))) return ws_upgrade(c, q);
     site->request(c, q);
@@ -1551,7 +1557,7 @@ static int ws_head(struct conn *c, const char *p, size_t n) {
     ws->left = ws_length(u);
     if ((more == 2 && ws->left < 126) || (more == 8 && (ws->left < 65536 || ws->left >> 63 != 0)))
         return ws_close(c, WS_PROTOCOL_ERROR, "length not in its shortest form");
-    if (ws->left > opt.max_message || ws->left + ws->text.len > opt.max_message)
+    if (!control && (ws->left > opt.max_message || ws->left + ws->text.len > opt.max_message))
         return ws_close(c, WS_TOO_BIG, "message over --max-message");
     if (n < 6 + more) return 0;
     if (!control && ++ws->fragments > FRAGMENTS_MAX) return ws_close(c, WS_POLICY, "too many fragments");
@@ -1622,7 +1628,8 @@ static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
  * A client may be in several rooms, with one member, one cursor, for each.
  *
  * Owns: the rooms, their logs, who is in which.
- * Calls: 1 Bytes, 3 Tables, 4 The loop, 5 HTTP and WebSocket. Called by: 9 Chat.
+ * Calls: 1 Bytes, 3 Tables, 4 The loop, 5 HTTP and WebSocket.
+ * Called by: 9 Chat, 13 Main.
  * Promises: all members of a room see the same messages in the same order.
  */
 
@@ -1670,6 +1677,14 @@ static slice room_peek(struct conn *c) {
     return S("");
 }
 
+/* Has the room looked after before the round ends. */
+static void room_touch(struct room *r) {
+    if (r->grown) return;
+    r->grown = true;
+    r->next_grown = rooms.grown;
+    rooms.grown = r;
+}
+
 /* `sent` of the same: n bytes of what room_peek() lent have gone out. */
 static void room_sent(struct conn *c, size_t n) {
     struct member *m = c->joined;
@@ -1679,6 +1694,8 @@ static void room_sent(struct conn *c, size_t n) {
     while (frames < n) frames += ws_frame_size(unread.p + frames);
     buf_add(&c->out, slice_cut(slice_take(unread, frames), n));
     m->cursor += frames;
+    /* Who catches up later, between flushes, may be the last to do so. */
+    if (m->cursor == m->room->end && m->room->flushed == m->room->end) room_touch(m->room);
 }
 
 /* Puts what is unread into the client's own queue. */
@@ -1717,14 +1734,6 @@ static bool rooms_flush(void) {
         free(r);
     }
     return any;
-}
-
-/* Has the room looked after before the round ends. */
-static void room_touch(struct room *r) {
-    if (r->grown) return;
-    r->grown = true;
-    r->next_grown = rooms.grown;
-    rooms.grown = r;
 }
 
 /* Makes room for `need` bytes in the log. If a lot has come in this round everybody is
@@ -2030,10 +2039,11 @@ static bool chat_pong(struct client *cl) { return cl->c->heard_ms == now.ms; }  
 /* A token bucket: --rate tokens a second flow in, up to --burst; a message takes one,
  * a refused one too, and who digs on below minus --burst is shown out. */
 static bool chat_allow(struct client *cl) {
+    if (opt.rate == 0) return true;
     int64_t full = (int64_t)opt.burst * 1000, tokens = cl->tokens + (now.ms - cl->filled_ms) * opt.rate;
     cl->tokens = (int32_t)(tokens < full ? tokens : full) - 1000;
     cl->filled_ms = now.ms;
-    if (cl->tokens >= 0 || opt.rate == 0) return true;
+    if (cl->tokens >= 0) return true;
     if (cl->tokens >= -full)
         return chat_error(cl, "rate_limited", "dropped: more than %u messages a second (--rate)", opt.rate);
     ws_close(cl->c, WS_POLICY, "over --rate for too long");
@@ -2574,7 +2584,7 @@ static struct option {
     {"max-message", "BYTES", 0, &opt.max_message, 128, 1 << 24, 65536, NULL, "longest message", false},
     {"max-head", "BYTES", 0, &opt.max_head, 256, 1 << 20, 8192, NULL, "longest HTTP request head", false},
     {"max-clients", "N", 0, &opt.max_clients, 1, 1000000, 10000, NULL, "connections at a time", false},
-    {"max-per-address", "N", 0, &opt.max_per_address, 0, 1000000, 256, NULL, "of these, from one address; 0: any", false},
+    {"max-per-address", "N", 0, &opt.max_per_address, 0, 1000000, 256, NULL, "of these, of one address; 0: any", false},
     {"max-rooms", "N", 0, &opt.max_rooms, 1, 1 << 24, 65536, NULL, "rooms at a time", false},
     {"rate", "N", 0, &opt.rate, 0, 1000000, 50, NULL, "messages a second and client; 0: any", false},
     {"burst", "N", 0, &opt.burst, 1, 1000000, 100, NULL, "messages at once and client", false},
@@ -2615,15 +2625,13 @@ static void option_set(struct option *o, const char *value) {
 
 /* Reads argument i: --name value, --name=value or -x value. Returns how many it took. */
 static int option_read(int argc, char **argv, int i) {
-    slice name = slice_of(argv[i]), value = S("");
-    if (slice_starts(name, S("--"))) {
-        value = slice_cut(name, 2);
-        name = slice_split(&value, '=');
-    }
+    slice value = slice_of(argv[i]), name = value;
+    bool is_long = slice_starts(value, S("--"));
+    if (is_long) value = slice_cut(value, 2), name = slice_split(&value, '=');
     for (struct option *o = options; o < options + N_OPTIONS; o++) {
         char letter[] = {'-', o->letter, '\0'};
-        if (!slice_eq(name, slice_of(o->name)) && !(o->letter != 0 && slice_eq(name, slice_of(letter)))) continue;
-        bool joined = strchr(argv[i], '=') != NULL;
+        if (!slice_eq(name, slice_of(is_long ? o->name : letter)) || (!is_long && o->letter == 0)) continue;
+        bool joined = is_long && strchr(argv[i], '=') != NULL;
         if (o->arg == NULL && joined) usage("--%s takes no value", o->name);
         if (o->arg != NULL && !joined && i + 1 == argc) usage("--%s: %s is missing", o->name, o->arg);
         option_set(o, o->arg == NULL ? NULL : joined ? value.p : argv[i + 1]);

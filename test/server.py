@@ -765,6 +765,17 @@ def descriptors_run_out():
         join(s, "room 2", "Carl", "Dora")
 
 
+@case("--verbose", "--trust-proxy", "127.0.0.1")
+def forwarded_for_of_an_earlier_request(s):
+    """A proxy keeps its connections: a request without the header is its own, not that of who came before."""
+    stream = Http(s)
+    stream.send(get("/health", "X-Forwarded-For: 192.0.2.7"))
+    check(stream.answer().status == 200)
+    stream.send(get("/health"))
+    check(stream.answer().status == 200)
+    s.wait_log(r"192\.0\.2\.7:0: GET /health(.|\n)*127\.0\.0\.1:\d+: GET /health")
+
+
 @case()
 def one_address_takes_all_descriptors():
     """Connections that are refused or closing hold descriptors too: one address must not get them all."""
