@@ -1,0 +1,1401 @@
+/* Unit tests: xchat.c is included whole, so every function is in reach, and a small fake
+ * operating system is put under it.
+ *
+ *     cc -g -o test/build/unit test/unit.c -lssl -lcrypto && test/build/unit [NAME...]
+ *
+ * A test is a function with a table: input, expected output, as a rule one line a case.
+ * It prints "ok unit.NAME", or "FAIL unit.NAME: why" with the first case that failed.
+ * Parsers of streams are fed whole, byte by byte, and cut in two at every position: what
+ * they understand and what they answer must be the same.
+ */
+#define _POSIX_C_SOURCE 200809L
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+static ssize_t fake_recv(int fd, void *p, size_t n, int flags);
+static ssize_t fake_send(int fd, const void *p, size_t n, int flags);
+static ssize_t fake_write(int fd, const void *p, size_t n);
+_Noreturn static void fake_exit(int status);
+
+#define recv fake_recv
+#define send fake_send
+#define write fake_write
+#define exit fake_exit
+#define main xchat_main
+#include "../xchat.c"
+#undef recv
+#undef send
+#undef write
+#undef exit
+#undef main
+
+#if !defined(__SANITIZE_ADDRESS__) && defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(p, n) (void)(p)
+#define ASAN_UNPOISON_MEMORY_REGION(p, n) (void)(p)
+#endif
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+/* ---- Failures, and texts in tables. ---- */
+
+static struct {
+    unsigned failures;
+    char why[400];   /* of the first */
+} test;
+
+PRINTF(1, 2) static void fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    if (test.failures++ == 0) vsnprintf(test.why, sizeof test.why, format, args);
+    va_end(args);
+}
+
+#define CHECK(good, ...) ((good) ? (void)0 : fail(__VA_ARGS__))
+
+/* For people: printable, and not too long. One of four texts that are used in turn. */
+static const char *show(slice s) {
+    static char texts[4][240];
+    static unsigned turn;
+    char *text = texts[turn++ % 4];
+    size_t at = 0;
+    for (size_t i = 0; i < s.len && at < sizeof texts[0] - 8; i++) {
+        bool plain = s.p[i] >= ' ' && s.p[i] <= '~';
+        at += (size_t)snprintf(text + at, 5, plain ? "%c" : "\\x%02x", (unsigned char)s.p[i]);
+    }
+    snprintf(text + at, 4, "%s", at < sizeof texts[0] - 8 ? "" : "...");
+    return text;
+}
+
+static void check_text(const char *name, slice got, slice want) {
+    if (!slice_eq(got, want)) fail("%s: got \"%s\", wanted \"%s\"", name, show(got), show(want));
+}
+
+/* Texts in the tables are spelled so that C leaves them readable: ' is a double quote, ~
+ * an apostrophe, | a CR LF, @ a NUL. One of four copies, each in memory of just its size,
+ * so that a sanitizer sees who reads beyond it. */
+static slice spelled(const char *text) {
+    static char *copies[4];
+    static unsigned turn;
+    struct buf b = {0};
+    for (char c; (c = *text) != '\0'; text++) {
+        if (c == '|') buf_add(&b, S("\r\n"));
+        else buf_addc(&b, (char)(c == '\'' ? '"' : c == '~' ? '\'' : c == '@' ? '\0' : c));
+    }
+    char **copy = &copies[turn++ % 4];
+    *copy = xrealloc(*copy, b.len + (b.len == 0 ? 1 : 0));
+    slice s = {memcpy(*copy, buf_slice(&b).p, b.len), b.len};
+    buf_free(&b);
+    return s;
+}
+
+/* The same numbers in every run. */
+static uint32_t random_below(uint32_t n) {
+    static uint32_t state = 20261123;
+    state ^= state << 13;
+    state ^= state >> 17;
+    state ^= state << 5;
+    return state % n;
+}
+
+/* ---- The fake operating system. A socket with a negative number is a wire, the log is
+ * kept in memory, exit() goes back to the test that expects it. ---- */
+
+static struct wire {
+    slice in;        /* what recv() will find */
+    struct buf out;  /* what send() has taken */
+    size_t takes;    /* how much more it will take */
+} wires[8];
+
+static struct {
+    char log[4096];   /* the newest line */
+    size_t log_len;
+    jmp_buf back;
+    bool catching;
+} fake;
+
+static struct wire *wire_of(int fd) { return &wires[-1 - fd]; }
+
+/* What lies behind the bytes that were read must not be looked at. */
+static ssize_t fake_recv(int fd, void *p, size_t n, int flags) {
+    if (fd >= 0) return recv(fd, p, n, flags);
+    struct wire *w = wire_of(fd);
+    size_t take = w->in.len < n ? w->in.len : n;
+    ASAN_UNPOISON_MEMORY_REGION(p, n);
+    memcpy(p, w->in.p, take);
+    if (n - take > 64) ASAN_POISON_MEMORY_REGION((char *)p + take, 64);
+    w->in = slice_cut(w->in, take);
+    return (ssize_t)take;
+}
+
+static ssize_t fake_send(int fd, const void *p, size_t n, int flags) {
+    if (fd >= 0) return send(fd, p, n, flags);
+    struct wire *w = wire_of(fd);
+    n = n < w->takes ? n : w->takes;
+    if (n == 0) return errno = EAGAIN, -1;
+    buf_add(&w->out, (slice){p, n});
+    w->takes -= n;
+    return (ssize_t)n;
+}
+
+static ssize_t fake_write(int fd, const void *p, size_t n) {
+    (void)fd;
+    fake.log_len = n < sizeof fake.log ? n : sizeof fake.log;
+    memcpy(fake.log, p, fake.log_len);
+    return (ssize_t)n;
+}
+
+_Noreturn static void fake_exit(int status) {
+    if (fake.catching) longjmp(fake.back, status + 1);
+    printf("FAIL unit: exit(%d): %.*s", status, (int)fake.log_len, fake.log);
+    exit(1);
+}
+
+/* A connection at the server's end of wire i. */
+static struct conn *wire_open(int i, const struct proto *proto, void *state) {
+    buf_free(&wires[i].out);
+    wires[i].takes = SIZE_MAX;
+    return conn_new(-1 - i, proto, state);
+}
+
+/* The peer says this, and a round ends. */
+static void wire_feed(struct conn *c, slice s) {
+    for (wire_of(c->fd)->in = s; wire_of(c->fd)->in.len > 0;) conn_read(c);
+    ASAN_UNPOISON_MEMORY_REGION(loop.chunk, sizeof loop.chunk);
+    loop_settle();
+}
+
+/* There is room in the socket again, for n bytes, and a round ends. */
+static void wire_drain(struct conn *c, size_t n) {
+    if (c->fd < 0) wire_of(c->fd)->takes = n;
+    c->blocked = false;
+    conn_touch(c);
+    loop_settle();
+}
+
+static void wire_close(struct conn *c) {
+    struct wire *w = wire_of(c->fd);
+    c->eof = true;
+    conn_close(c, "test over");
+    wire_drain(c, SIZE_MAX);
+    buf_free(&w->out);
+}
+
+static void check_empty(void) {
+    CHECK(loop.n == 0 && rooms.by_name.n == 0 && http.connections == 0 && http.callers.n == 0,
+          "left are %u connections, %u counted, %zu callers, %zu rooms", loop.n, http.connections,
+          http.callers.n, rooms.by_name.n);
+}
+
+/* ---- 1. Bytes ---- */
+
+static void test_slices(void) {
+    static const struct {
+        const char *text, *trimmed, *head, *rest;   /* split at ',' */
+    } cases[] = {
+        {"", "", "", ""}, {",", ",", "", ""}, {"a", "a", "a", ""}, {"a,", "a,", "a", ""},
+        {",a", ",a", "", "a"}, {"a,b,c", "a,b,c", "a", "b,c"}, {" \t ", "", " \t ", ""},
+        {" \t a b \t", "a b", " \t a b \t", ""}, {"\n a\r", "\n a\r", "\n a\r", ""},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        slice text = slice_of(cases[i].text), rest = text, head = slice_split(&rest, ',');
+        check_text("trim", slice_trim(text), slice_of(cases[i].trimmed));
+        check_text("split, head", head, slice_of(cases[i].head));
+        check_text("split, rest", rest, slice_of(cases[i].rest));
+    }
+    CHECK(slice_eq(S("a\0b"), S("a\0b")), "equal with a NUL");
+    CHECK(!slice_eq(S("a\0b"), S("a\0c")) && !slice_eq(S("a"), S("ab")), "not equal");
+    CHECK(slice_eqcase(S("aZ[@"), S("Az[@")), "equal but for case");
+    CHECK(!slice_eqcase(S("["), S("{")) && !slice_eqcase(S("@"), S("`")), "no letters");
+    CHECK(!slice_eqcase(S("a"), S("aa")) && !slice_eqcase(S("\xc9"), S("\xe9")), "other letters");
+    CHECK(slice_starts(S("ab"), S("")) && slice_starts(S("ab"), S("ab")), "starts");
+    CHECK(!slice_starts(S("a"), S("ab")) && !slice_starts(S("ba"), S("a")), "does not start");
+}
+
+static void test_numbers(void) {
+    static const struct {
+        const char *text;
+        int base;
+        int64_t want;
+    } cases[] = {
+        {"0", 10, 0}, {"7", 10, 7}, {"007", 10, 7}, {"4294967296", 10, 4294967296},
+        {"9999999999", 10, 9999999999}, {"10000000000", 10, -1}, {"00000000001", 10, -1},
+        {"", 10, -1}, {"-1", 10, -1}, {"+1", 10, -1}, {" 1", 10, -1}, {"1 ", 10, -1},
+        {"1.0", 10, -1}, {"0x10", 10, -1}, {"1a", 10, -1}, {"/", 10, -1}, {":", 10, -1},
+        {"ff", 16, 255}, {"FF", 16, 255}, {"0G", 16, -1}, {"g", 16, -1}, {"@", 16, -1},
+        {"`", 16, -1}, {"ffffffffff", 16, 0xffffffffff}, {"0x1f", 16, -1},
+        {"18446744073709551617", 10, -1},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        int64_t got = slice_number(slice_of(cases[i].text), cases[i].base);
+        CHECK(got == cases[i].want, "\"%s\" is %lld", cases[i].text, (long long)got);
+    }
+    CHECK(slice_number(S("1\0"), 10) == -1, "a NUL is no digit");
+}
+
+/* Random steps against a flat array, where dropping is memmove(). */
+static void test_buffers(void) {
+    static char model[4000];
+    struct buf b = {0};
+    size_t len = 0, most = 0;
+    for (unsigned step = 0; step < 20000; step++) {
+        char piece[300];
+        size_t n = random_below(random_below(8) == 0 ? sizeof piece : 20);
+        unsigned what = len > 3500 ? 3 : random_below(random_below(200) == 0 ? 6 : 5);
+        memset(piece, 'a' + (int)(step % 26), n);
+        if (what == 0) buf_add(&b, (slice){piece, n});
+        if (what == 2) buf_printf(&b, "%.*s", (int)n, piece);
+        if (what == 0 || what == 2) memcpy(model + len, piece, n), len += n;
+        if (what == 1) buf_addc(&b, 'c'), model[len++] = 'c';
+        if (what == 3 && n < len) buf_drop(&b, n), len -= n, memmove(model, model + n, len);
+        if (what == 4) memset(buf_room(&b, n + 1), 'x', n + 1);   /* not used in the end */
+        if (what == 5) buf_free(&b), len = 0;
+        most = len > most ? len : most;
+        CHECK(slice_eq(buf_slice(&b), (slice){model, len}), "step %u (%u): bytes", step, what);
+        CHECK(b.off + b.len <= b.cap && (b.cap == 0) == (b.p == NULL), "step %u: bounds", step);
+        CHECK(b.cap <= 4 * most + 1300, "%zu live bytes at most, but cap %u", most, b.cap);
+    }
+    CHECK(most > 1000, "too easy: %zu", most);
+    buf_free(&b);
+    buf_free(&b);
+    for (unsigned i = 0; i < 100000; i++) {   /* a queue: what flows through must not pile up */
+        buf_add(&b, S("0123456789"));
+        if (b.len > 100) buf_drop(&b, 10);
+    }
+    CHECK(b.cap <= 512, "a queue of 110 bytes takes %u", b.cap);
+    buf_clear(&b);
+    CHECK(b.len == 0 && b.off == 0, "cleared");
+    buf_free(&b);
+}
+
+static void test_log(void) {
+    char text[600], want[100];
+    errno = 4711;
+    log_warn("a%cb\r\n\x1b[1m\\ \x7f\xe4~", 0);
+    snprintf(want, sizeof want, "%s warn  a\\x00b\\x0d\\x0a\\x1b[1m\\x5c \\x7f\\xe4~\n", now.text);
+    check_text("one line", (slice){fake.log, fake.log_len}, slice_of(want));
+    CHECK(errno == 4711, "errno is lost");
+    memset(text, 0xff, sizeof text);
+    log_info("%.599s", text);   /* too long, and every byte becomes four */
+    CHECK(fake.log_len == strlen(now.text) + 7 + 4 * (LOG_LINE_MAX - 1) + 4, "%zu", fake.log_len);
+}
+
+/* The other way to check UTF-8: decode, then look at the number. */
+static bool utf8_simple(const unsigned char *p, size_t n) {
+    static const uint32_t least[] = {0, 0x80, 0x800, 0x10000};
+    for (size_t i = 0, more; i < n; i += more + 1) {
+        uint32_t c = p[i];
+        more = c < 0x80 ? 0 : c >> 5 == 6 ? 1 : c >> 4 == 14 ? 2 : c >> 3 == 30 ? 3 : n;
+        if (more >= n - i) return false;
+        c = more == 0 ? c : c & (0x3fu >> more);
+        for (size_t k = 1; k <= more; k++) {
+            if (p[i + k] >> 6 != 2) return false;
+            c = c << 6 | (p[i + k] & 0x3f);
+        }
+        if (c < least[more] || c > 0x10ffff || (c >= 0xd800 && c <= 0xdfff)) return false;
+    }
+    return true;
+}
+
+/* Behind 0 to 17 plain bytes: those are taken eight at a time. */
+static void check_utf8(const char *text, bool valid) {
+    for (unsigned front = 0; front < 18; front++) {
+        char padded[64];
+        snprintf(padded, sizeof padded, "%.*s%s", (int)front, "abcdefghijklmnopq", text);
+        slice s = spelled(padded);
+        struct utf8 each = {0};
+        bool ok = true;
+        for (size_t i = 0; i < s.len; i++) ok = ok && utf8_feed(&each, (slice){s.p + i, 1});
+        CHECK((ok && each.missing == 0) == valid, "%s, byte by byte", show(s));
+        CHECK(utf8_valid(s) == valid, "%s", show(s));
+        for (size_t cut = 0; cut <= s.len; cut++) {
+            struct utf8 u = {0};
+            ok = utf8_feed(&u, slice_take(s, cut)) && utf8_feed(&u, slice_cut(s, cut));
+            CHECK((ok && u.missing == 0) == valid, "%s, cut at %zu", show(s), cut);
+        }
+    }
+}
+
+static void test_utf8(void) {
+    static const char *const valid[] = {
+        "", "kosme", "\xce\xba\xe1\xbd\xb9\xcf\x83\xce\xbc\xce\xb5", "@", "\x7f", "\xc2\x80",
+        "\xdf\xbf", "\xe0\xa0\x80", "\xef\xbf\xbf", "\xf0\x90\x80\x80", "\xf4\x8f\xbf\xbf",
+        "\xed\x9f\xbf", "\xee\x80\x80", "\xef\xbf\xbd", "\xef\xbb\xbf", "\xef\xb7\x90",
+        "\xf0\x9f\x98\x80\xf0\x9f\x98\x80", "mnopqrst\xc3\xa4mnopqrstu\xc3\xa4",
+    };
+    static const char *const wrong[] = {
+        "\x80", "\xbf", "\x80\xbf\x80", "a\x80", "\xc3", "\xc3 ", "\xe2\x82", "\xe2\x82 ",
+        "\xf0\x9f\x98", "\xf0\x9f\x98 ", "\xf0\x9f", "\xf0", "\xc3\xc3\xa4", "\xc3\xa4\xa4",
+        "abcdefgh\x80qrstuvwxyz", "\xc0\x80", "\xc0\xaf", "\xc1\xbf", "\xe0\x80\xaf",
+        "\xe0\x9f\xbf", "\xf0\x80\x80\xaf", "\xf0\x8f\xbf\xbf", "\xf8\x88\x80\x80\x80",
+        "\xf8\x80\x80\x80\xaf", "\xfc\x84\x80\x80\x80\x80", "\xfe", "\xff", "\xfe\xfe\xff\xff",
+        "\xf4\x90\x80\x80", "\xf5\x80\x80\x80", "\xf7\xbf\xbf\xbf", "\xed\xa0\x80", "\xed\xaf\xbf",
+        "\xed\xb0\x80", "\xed\xbf\xbf", "\xed\xa0\xbd\xed\xb8\x80",
+    };
+    for (size_t i = 0; i < COUNT(valid); i++) check_utf8(valid[i], true);
+    for (size_t i = 0; i < COUNT(wrong); i++) check_utf8(wrong[i], false);
+}
+
+/* Every text of one, two and three bytes. (Of three, only one first byte that is ASCII:
+ * behind it there is again a text of two.) */
+static void test_utf8_exhaustive(void) {
+    for (uint32_t code = 0; code < 1 << 24; code++) {
+        if (code == 'b' << 16) code = 0x80 << 16;
+        else if (code == 1 << 16) code = 'a' << 16;
+        unsigned char t[] = {code >> 16 & 0xff, code >> 8 & 0xff, code & 0xff};
+        size_t skip = code >= 1 << 16 ? 0 : code >= 1 << 8 ? 1 : 2;
+        bool valid = utf8_valid((slice){(char *)t + skip, 3 - skip});
+        CHECK(valid == utf8_simple(t + skip, 3 - skip), "%06x", code);
+    }
+}
+
+/* ---- 2. JSON ---- */
+
+/* Is this an object as a whole? */
+static bool json_ok(slice text) {
+    size_t at = 0;
+    bool ok = json_pick(text, NULL, 0, &at) == NULL;
+    CHECK(at <= text.len, "%s: failed at %zu, behind the end", show(text), at);
+    return ok;
+}
+
+/* A list of texts, ended by NULL, or of values to be put into one. */
+static void check_json(const char *const *list, const char *format, bool valid) {
+    for (char text[200]; *list != NULL; list++) {
+        snprintf(text, sizeof text, format, *list);
+        CHECK(json_ok(spelled(text)) == valid, "%s", text);
+    }
+}
+
+static void test_json(void) {
+    static const char *const values[] = {
+        "0", "-0", "1", "-1", "10", "0.5", "-0.0", "1e1", "1E1", "1e+1", "1e-01", "1.25e10", "0e0",
+        "20e1", "123456789012345678901234567890", "1e999", "-1E-999", "true", "false", "null", "''",
+        "'a'", "'~'", "'\\'\\\\\\/\\b\\f\\n\\r\\t'", "'\\u0041\\u00e9\\u20AC\\uFfFf'",
+        "'\\ud83d\\ude00'", "'\\u0000'", "'\\uD800\\uDC00\\uDBFF\\uDFFF'", "'\x7f'",
+        "'\xe2\x80\xa8\xc2\x85\xef\xbf\xbf\xf4\x8f\xbf\xbf'", "'\\\\u12'", "'//'", "[]", "{}",
+        "[[]]", "[{}]", "[1,'a',null,[true],{}]", "{'a':1}", "[[],[[]],{}]", "{'a':{'b':[]},'':0}",
+        "{'a':1,'a':2}", "\t\r\n [ \t\r\n1 , 2\n] ", " { 'a' : [ ] , 'b' : { } } ",
+        "[{'a':[{'b':[0]}]},2]", "{'\\u0000':0}", NULL,
+    };
+    static const char *const texts[] = {"{}", " \t\r\n{ \t\r\n} \t\r\n", "{'a':1,'b':[2]}", NULL};
+    check_json(values, "{'v':%s}", true);
+    check_json(texts, "%s", true);
+    slice all = spelled("{'a\\u00e9\\ud83d\\ude00':-1.5e+10,'b':[true,false,null,{'c':[]},"
+                        "'\xf0\x9f\x98\x80'],'d':{}}");
+    CHECK(json_ok(all), "a whole text");
+    for (size_t n = 0; n < all.len; n++) CHECK(!json_ok(slice_take(all, n)), "only %zu bytes", n);
+    for (size_t n = 1; n < all.len; n++) CHECK(!json_ok(slice_cut(all, n)), "without %zu bytes", n);
+}
+
+static void test_json_wrong(void) {
+    static const char *const values[] = {
+        "", " ", "01", "-", "-01", "00", "+1", ".5", "-.5", "1.", "1.e1", "1e", "1e+", "1e1.5",
+        "1ee1", "0x1", "1_0", "1a", "--1", "1 2", "0e", "1.2.3", "1-", "NaN", "Infinity",
+        "-Infinity", "undefined", "tru", "True", "nul", "nulll", "truefalse", "false0", "~a~", "a",
+        "'", "'a", "'\\'", "'\\", "'\\x41'", "'\\~'", "'\\U0041'", "'\\u'", "'\\u12'", "'\\u12G4'",
+        "'\\u+123'", "'\\u 123'", "'\\@'", "'\\ud800'", "'\\udc00'", "'\\ud800\\ud800'",
+        "'\\ud800x'", "'\\ud800\\n'", "'\\ud800\\u0041'", "'\\ude00\\ud83d'", "'\\ud83d\\u'",
+        "'\\ud83d\\ude0'", "'@'", "'\x01'", "'\x1f'", "'\n'", "'\t'", "'a' 'b'", "[", "]", "[1,]",
+        "[,1]", "[,]", "[1 2]", "[1,,2]", "[1}", "[1:2]", "['a':1]", "[[]", "[]]", "{", "{]",
+        "{'a'}", "{'a':}", "{'a':1,}", "{,}", "{'a' 1}", "{a:1}", "{~a~:1}", "{'a':1 'b':2}",
+        "{'a'::1}", "{1:1}", "{'a':1,,'b':2}", "{[]:1}", "{null:1}", "{'a':1]", "{'a','b'}", "{}}",
+        "{{}}", "[{]}", "{'\n':1}",
+        "/**/1", "1//", "#1", "\f1", "\v1", "\xc2\xa0" "1", "\xe2\x80\xa8" "1", "1@", "@", "'\xff'",
+        "'\xe4'", "'\xc0\x80'", "'\xed\xa0\x80'", "'\xf4\x90\x80\x80'", NULL,
+    };
+    static const char *const texts[] = {
+        "", " ", "[]", "1", "'a'", "null", "{", "}", "{}x", "{}{}", "{},", "{}}", "{}@", "@{}",
+        "\xef\xbb\xbf{}", "{}\xef\xbb\xbf", "{'a':1}/", "{} //", "{@}", "'{}'", "[{}]", "{'a':1},",
+        "{}\x80", "\xff\xfe{@}@", NULL,
+    };
+    check_json(values, "{'v':%s}", false);
+    check_json(texts, "%s", false);
+}
+
+/* 32 levels are fine, 33 are not. */
+static void test_json_depth(void) {
+    static const struct {
+        const char *open, *close;
+        unsigned levels, more;
+    } kinds[] = {
+        {"[", "]", 1, 0}, {"{'a':", "}", 1, 0}, {"[{'a':", "}]", 2, 0}, {"[1,", "]", 1, 0},
+        {"[{},", ",[]]", 1, 1},
+    };
+    for (size_t k = 0; k < COUNT(kinds); k++)
+        for (unsigned deep = 1; deep <= 70; deep++) {
+            struct buf b = {0};
+            buf_add(&b, S("{'v':"));
+            for (unsigned i = 0; i < deep; i++) buf_add(&b, slice_of(kinds[k].open));
+            buf_addc(&b, '0');
+            for (unsigned i = 0; i < deep; i++) buf_add(&b, slice_of(kinds[k].close));
+            buf_add(&b, (slice){"}", 2});   /* with its NUL */
+            bool valid = 1 + deep * kinds[k].levels + kinds[k].more <= 32;
+            CHECK(json_ok(spelled(b.p)) == valid, "%u times %s", deep, kinds[k].open);
+            buf_free(&b);
+        }
+    struct buf b = {0};
+    buf_add(&b, S("{\"a\":"));
+    for (unsigned i = 0; i < 1000000; i++) buf_addc(&b, '[');
+    CHECK(!json_ok(buf_slice(&b)), "a million times [");
+    buf_free(&b);
+}
+
+/* The raw value of this name; of two the last one wins. */
+static void test_json_pick(void) {
+    static const struct {
+        const char *text, *name, *raw;   /* raw "": missing */
+    } cases[] = {
+        {"{'a':'say'}", "a", "'say'"}, {"{ 'b' : 1 , 'a' : [ 2 ] , 'c' : 3 }", "a", "[ 2 ]"},
+        {"{'a':1,'a':2}", "a", "2"}, {"{'\\u0061':1}", "a", "1"},
+        {"{'a':1,'\\u0061':{}}", "a", "{}"}, {"{'A':1,'aa':2,'':3,' a':4}", "a", ""},
+        {"{'a\\u0000':1,'\\u0000a':2}", "a", ""},
+        {"{'b':{'a':1},'c':['a',{'a':2}],'d':'a'}", "a", ""}, {"{'a':null}", "a", "null"},
+        {"{'a':-1.0e5}", "a", "-1.0e5"}, {"{'a':'\\''}", "a", "'\\''"}, {"{'':1}", "", "1"},
+        {"{'\\u4f60':1}", "\xe4\xbd\xa0", "1"}, {"{'\xe4\xbd\xa0':1}", "\xe4\xbd\xa0", "1"},
+        {"{'al':1}", "all", ""}, {"{'\\ud83d\\ude00':1}", "\xf0\x9f\x98\x80", "1"},
+        {"{'all':1}", "al", ""}, {"{'\\/\\n':1}", "/\n", "1"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct json_field f = {cases[i].name, S("")};
+        size_t at;
+        CHECK(json_pick(spelled(cases[i].text), &f, 1, &at) == NULL, "%s: refused", cases[i].text);
+        check_text(cases[i].text, f.raw, spelled(cases[i].raw));
+    }
+    CHECK(!json_is(S("true"), "true") && json_is(S("\"true\""), "true"), "a string is asked for");
+}
+
+static void test_json_text(void) {
+    static const struct {
+        const char *raw, *text;   /* NULL: none, and refused */
+    } cases[] = {
+        {NULL, ""}, {"null", ""}, {"false", ""}, {"true", "1"}, {"[]", NULL}, {"{}", NULL},
+        {"''", ""}, {"'true'", "true"}, {"'a\\tb\\\\c\\/'", "a\tb\\c/"},
+        {"'\\b\\f\\n\\r\\''", "\b\f\n\r'"}, {"'a\\u00e9b'", "a\xc3\xa9" "b"},
+        {"'\\u0000\\u007F\\u0080\\u07ff'", "@\x7f\xc2\x80\xdf\xbf"},
+        {"'\\u0800\\uffff'", "\xe0\xa0\x80\xef\xbf\xbf"},
+        {"'\xe4\xbd\xa0\\n\xe4'", "\xe4\xbd\xa0\n\xe4"},
+        {"'\\ud800\\udc00\\uDBFF\\uDFFF'", "\xf0\x90\x80\x80\xf4\x8f\xbf\xbf"}, {"0", "0"},
+        {"1", "1"}, {"-12", "-12"}, {"1.50", "1.5"}, {"1.0", "1"}, {"1e3", "1000"}, {"0.1", "0.1"},
+        {"-2.5e-1", "-0.25"}, {"0.30000000000000004", "0.30000000000000004"},
+        {"123456789012345678", "123456789012345678"}, {"1e999", NULL}, {"-1e999", NULL},
+        {"1e-999", "0"}, {"1e308", "1e+308"}, {"1.7e308", "1.7e+308"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const char *name = cases[i].raw != NULL ? cases[i].raw : "(missing)";
+        struct buf b = {0};
+        bool ok = json_text(cases[i].raw != NULL ? spelled(cases[i].raw) : (slice){NULL, 0}, &b);
+        CHECK(ok == (cases[i].text != NULL), "%s: %s", name, ok ? "accepted" : "refused");
+        if (ok && cases[i].text != NULL) check_text(name, buf_slice(&b), spelled(cases[i].text));
+        buf_free(&b);
+    }
+}
+
+/* What is quoted is valid, and reads back the same. */
+static void test_json_quote(void) {
+    static const char *const some[] = {
+        "\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x98\x80", "\\u0041", "\"", "plain",
+    };
+    struct buf text = {0}, raw = {0}, back = {0};
+    json_quote(&raw, S("\"\\/\b\f\n\r\t\0\x01\x1f\x7f\xe4\xbd\xa0'<"));
+    check_text("bytes", buf_slice(&raw), spelled("'\\'\\\\/\\b\\f\\n\\r\\t\\u0000\\u0001\\u001f\x7f"
+                                                 "\xe4\xbd\xa0~<'"));
+    for (unsigned round = 0; round < 2000; round++) {
+        buf_clear(&text), buf_clear(&raw), buf_clear(&back);
+        for (uint32_t n = random_below(20); n > 0; n--) {
+            if (random_below(2) == 0) buf_addc(&text, (char)random_below(128));
+            else buf_add(&text, slice_of(some[random_below(COUNT(some))]));
+        }
+        buf_addc(&raw, '{');
+        json_add(&raw, "v", buf_slice(&text));
+        buf_addc(&raw, '}');
+        struct json_field v = {.name = "v"};
+        size_t at;
+        CHECK(json_pick(buf_slice(&raw), &v, 1, &at) == NULL, "%s is wrong", show(buf_slice(&raw)));
+        CHECK(json_text(v.raw, &back), "%s is no text", show(buf_slice(&raw)));
+        check_text("round trip", buf_slice(&back), buf_slice(&text));
+    }
+    buf_free(&text), buf_free(&raw), buf_free(&back);
+}
+
+static void test_html(void) {
+    static const struct {
+        const char *text, *plain, *broken;   /* broken: with <br /> */
+    } cases[] = {
+        {"", "", ""}, {"abc", "abc", "abc"}, {"&amp;", "&amp;amp;", "&amp;amp;"},
+        {"@\t/`", "@\t/`", "@\t/`"},
+        {"&<>'~", "&amp;&lt;&gt;&quot;&#039;", "&amp;&lt;&gt;&quot;&#039;"},
+        {"a<b", "a&lt;b", "a&lt;b"}, {"\n", "\n", "<br />\n"}, {"\r", "\r", "<br />\r"},
+        {"\r\n", "\r\n", "<br />\r\n"}, {"\n\r", "\n\r", "<br />\n\r"},
+        {"\n\n", "\n\n", "<br />\n<br />\n"}, {"\r\r", "\r\r", "<br />\r<br />\r"},
+        {"\n\r\n", "\n\r\n", "<br />\n\r<br />\n"},
+        {"\r\n\r\n", "\r\n\r\n", "<br />\r\n<br />\r\n"},
+        {"\r\n\n", "\r\n\n", "<br />\r\n<br />\n"},
+        {"a\r\n<\nb", "a\r\n&lt;\nb", "a<br />\r\n&lt;<br />\nb"},
+        {"\n\r\r\n", "\n\r\r\n", "<br />\n\r<br />\r\n"},
+        {"\xe2\x80\xa8\xc2\x85", "\xe2\x80\xa8\xc2\x85", "\xe2\x80\xa8\xc2\x85"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct buf plain = {0}, broken = {0};
+        html_escape(&plain, spelled(cases[i].text), false);
+        html_escape(&broken, spelled(cases[i].text), true);
+        check_text("plain", buf_slice(&plain), spelled(cases[i].plain));
+        check_text("with breaks", buf_slice(&broken), spelled(cases[i].broken));
+        buf_free(&plain), buf_free(&broken);
+    }
+}
+
+/* ---- 3. Tables ---- */
+
+static slice letter_key(const void *item) { return (slice){item, 1}; }
+
+/* Few slots, many keys: nearly all collide, and what is at the end wraps to the front. */
+static void test_tables(void) {
+    unsigned wrapped = 0, moved = 0;
+    for (unsigned round = 0; round < 60; round++) {
+        struct table t = {.key = letter_key};
+        unsigned n_keys = round % 20 == 0 ? 256 : 7, n = 0;
+        char keys[256];
+        bool in[256] = {false};
+        tables.secret[0] = (unsigned char)round;   /* another order */
+        for (unsigned step = 0; step < 7 * n_keys; step++) {
+            unsigned k = step < 6 * n_keys ? random_below(n_keys) : step % n_keys;
+            if (step >= 6 * n_keys && !in[k]) continue;   /* at the end all are taken out */
+            keys[k] = (char)k;
+            if (in[k]) table_remove(&t, letter_key(&keys[k]));
+            else table_add(&t, &keys[k]);
+            n = in[k] ? n - 1 : n + 1;
+            in[k] = !in[k];
+            CHECK(t.n == n && t.n * 4 <= t.cap * 3, "%zu items in %zu, not %u", t.n, t.cap, n);
+            for (unsigned i = step % 16; i < n_keys; i += n_keys > 7 ? 16 : 1) {
+                char key = (char)i;
+                CHECK(table_find(&t, letter_key(&key)) == (in[i] ? &keys[i] : NULL), "key %u", i);
+            }
+            for (size_t i = 0; i < t.cap && n_keys == 7; i++) {
+                size_t home = t.slot[i] != NULL ? table_home(&t, letter_key(t.slot[i])) : i;
+                wrapped += home > i, moved += home != i;
+            }
+        }
+        CHECK(t.n == 0 && t.cap == 8, "empty, but %zu slots", t.cap);
+        for (size_t i = 0; i < t.cap; i++) CHECK(t.slot[i] == NULL, "slot %zu is not empty", i);
+        free(t.slot);
+    }
+    CHECK(wrapped > 100 && moved > 1000, "too easy: %u wrapped, %u moved", wrapped, moved);
+}
+
+/* ---- 5. HTTP and WebSocket: addresses ---- */
+
+static struct addr address(const char *text) {
+    struct addr a;
+    CHECK(addr_parse(slice_of(text), &a), "%s: no address", text);
+    return a;
+}
+
+static void test_addresses(void) {
+    static const char NO[] = "refused";
+    static const struct {
+        const char *text, *shown;
+    } cases[] = {
+        {"192.0.2.1", "192.0.2.1:80"}, {"0.0.0.0", "0.0.0.0:80"},
+        {"255.255.255.255", "255.255.255.255:80"}, {"::1", "[::1]:80"}, {"::", "[::]:80"},
+        {"2001:DB8::1", "[2001:db8::1]:80"}, {"::ffff:10.0.0.1", "10.0.0.1:80"},
+        {"::ffff:a00:1", "10.0.0.1:80"}, {"", NO}, {"1.2.3", NO},
+        {"fedc:ba98:7654:3210:fedc:ba98:255.255.255.255",
+         "[fedc:ba98:7654:3210:fedc:ba98:ffff:ffff]:80"},
+        {"1.2.3.4.5", NO}, {"256.0.0.1", NO}, {" 1.2.3.4", NO}, {"1.2.3.4:80", NO},
+        {"[::1]", NO}, {"::1%lo", NO}, {"1::2::3", NO}, {"localhost", NO},
+        {"1.2.3.4/8", NO}, {"-1.2.3.4", NO},
+        {"0000:0000:0000:0000:0000:0000:0000:0000:0000:0000:0000:0001", NO},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct addr a;
+        bool ok = addr_parse(slice_of(cases[i].text), &a);
+        a.port = 80;
+        const char *got = ok ? addr_text(&a) : "refused";
+        check_text(cases[i].text, slice_of(got), slice_of(cases[i].shown));
+    }
+}
+
+static void test_cidr(void) {
+    static const struct {
+        const char *cidr, *in[3], *out[3];
+    } cases[] = {
+        {"10.0.0.0/8", {"10.0.0.0", "10.255.0.1", "::ffff:10.1.2.3"}, {"11.0.0.0", "9.9.9.9", "a00::"}},
+        {"10.1.2.3/8", {"10.9.9.9"}, {"11.1.2.3"}},
+        {"192.0.2.4/31", {"192.0.2.4", "192.0.2.5"}, {"192.0.2.6", "192.0.2.3"}},
+        {"192.0.2.4/32", {"192.0.2.4"}, {"192.0.2.5", "::"}},
+        {"192.0.2.4", {"192.0.2.4"}, {"192.0.2.5"}},
+        {"::ffff:192.0.2.4", {"192.0.2.4"}, {"192.0.2.5"}},
+        {"0.0.0.0/0", {"255.1.2.3", "0.0.0.0"}, {"::1"}},
+        {"0.0.0.0/1", {"127.9.9.9"}, {"128.0.0.0"}}, {"::/0", {"2001:db8::1", "::"}, {NULL}},
+        {"2001:db8::/32", {"2001:db8:ffff::1"}, {"2001:db9::"}},
+        {"2001:db8::/31", {"2001:db9::"}, {"2001:dba::"}}, {"::1/128", {"::1"}, {"::", "::2"}},
+        {"::1", {"::1"}, {"::3", "0.0.0.1"}}, {"::2/127", {"::2", "::3"}, {"::4", "::1"}},
+    };
+    static const char *const wrong[] = {
+        "", "/", "/8", "10.0.0.0/", "10.0.0.0/33", "10.0.0.0/-1", "10.0.0.0/8/8", "10.0.0.0/ 8",
+        "::/129", "::/a", "10.0.0", "localhost", "10.0.0.0/99999999999", "10.0.0.0:80", "[::1]/128",
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        CHECK(http_trust(cases[i].cidr) == NULL, "%s: refused", cases[i].cidr);
+        for (size_t k = 0; k < 6; k++) {
+            const char *text = k < 3 ? cases[i].in[k] : cases[i].out[k - 3];
+            struct addr a = text != NULL ? address(text) : (struct addr){.local = true};
+            CHECK(http_trusts(&a) == (k < 3 || a.local), "%s: %s", cases[i].cidr, addr_text(&a));
+        }
+        http.n_proxies = 0;
+    }
+    for (size_t i = 0; i < COUNT(wrong); i++)
+        CHECK(http_trust(wrong[i]) != NULL && http.n_proxies == 0, "%s: accepted", wrong[i]);
+    for (size_t i = 0; i <= COUNT(http.proxies); i++)
+        CHECK((http_trust("::1") == NULL) == (i < COUNT(http.proxies)), "%zu proxies", i + 1);
+}
+
+/* Two from one address are enough here, and a whole IPv6 network is one address. */
+static void test_callers(void) {
+    static const char *const peers[] = {
+        "192.0.2.1", "192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2:0:0:1",
+        "2001:db8:0:1::1",
+        "192.0.2.1", "2001:db8::f00",   /* too many */
+    };
+    opt.max_per_address = 2;
+    for (unsigned round = 0; round < 3; round++) {
+        struct conn c[COUNT(peers)];
+        for (size_t i = 0; i < COUNT(peers); i++) {
+            c[i] = (struct conn){.peer = address(peers[i])};
+            CHECK(http_count(&c[i], true) == (i < 6), "%s, number %zu", peers[i], i);
+            CHECK(http_count(&c[i], true) == (i < 6), "%s, number %zu, again", peers[i], i);
+        }
+        CHECK(http.connections == 6 && http.callers.n == 4, "%u are counted", http.connections);
+        for (size_t i = 0; i < COUNT(peers); i++) http_count(&c[i], false);
+        check_empty();
+    }
+}
+
+/* ---- Streams. What a parser understood is on the tape, what it answered on wire 0. ---- */
+
+static struct buf tape;
+static struct ws tape_ws;
+
+static void tape_message(struct conn *c, slice text) {
+    (void)c;
+    if (text.len > 126) buf_printf(&tape, "(%zu)|", text.len);
+    else buf_printf(&tape, "%.*s|", F(text));
+}
+
+/* Leaves whatever rooms it is in. */
+static void tape_closed(struct conn *c) {
+    while (c->joined != NULL) room_leave(c->joined);
+    ws_end(c);
+}
+
+static struct proto tape_proto;   /* the chat's, with these two */
+
+static void tape_request(struct conn *c, const struct request *q) {
+    buf_printf(&tape, "%.*s %.*s|", F(q->method), F(q->path));
+    http_reply(c, q, "200 OK", S(""), S("body"));
+}
+
+static void tape_upgraded(struct conn *c) {
+    c->proto = &tape_proto;
+    c->state = &tape_ws;
+}
+
+static struct site tape_site = {tape_request, tape_upgraded};
+static struct conn tape_listener = {.state = &tape_site};
+
+enum { EACH_BYTE = -1, WHOLE = 0 };
+
+/* Feeds a new connection, in two pieces or as said, and gives what it has sent. */
+static void play(bool is_http, slice input, long cut, struct buf *sent) {
+    struct conn *c = wire_open(0, &tape_proto, &tape_ws);
+    tape_ws = (struct ws){0};
+    buf_clear(&tape);
+    if (is_http) http_accepted(&tape_listener, c);
+    for (size_t i = 0; cut == EACH_BYTE && i < input.len; i++)
+        wire_feed(c, (slice){input.p + i, 1});
+    if (cut >= 0) wire_feed(c, slice_take(input, cut > 0 ? (size_t)cut : input.len));
+    if (cut > 0) wire_feed(c, slice_cut(input, (size_t)cut));
+    buf_clear(sent);
+    buf_add(sent, buf_slice(&wires[0].out));
+    wire_close(c);
+}
+
+/* All ways to cut the input must give what it gave as a whole. A long one is only cut
+ * near its ends. */
+static void play_cut(const char *name, bool is_http, slice input, slice want_sent) {
+    struct buf sent = {0}, want = {0};
+    buf_add(&want, buf_slice(&tape));
+    for (long cut = EACH_BYTE; cut < (long)input.len; cut++) {
+        if (cut > 50 && cut < (long)input.len - 50) cut = (long)input.len - 50;
+        play(is_http, input, cut, &sent);
+        slice told = buf_slice(&tape), answer = buf_slice(&sent);
+        if (slice_eq(told, buf_slice(&want)) && slice_eq(answer, want_sent)) continue;
+        fail("%s, cut at %ld: tape %s, sent %s", name, cut, show(told), show(answer));
+    }
+    buf_free(&sent), buf_free(&want);
+}
+
+#define GET "GET / HTTP/1.1|Host: a|"
+#define UP GET "Upgrade: websocket|Connection: Upgrade|"
+#define VERSION "Sec-WebSocket-Version: 13|"
+#define KEY "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==|"   /* the example of RFC 6455, 1.3 */
+
+#define XFF "X-Forwarded-For: "
+
+/* What is understood, and the status of each answer; inputs of which that is true. */
+static const struct {
+    const char *want, *inputs[48];
+} http_cases[] = {
+    {"", {"G", "|", "|\r", "GET", "GET / HTTP/1.1", GET, GET "\r"}},
+    {"GET /|200", {
+        GET "|", "GET / HTTP/1.0||", "|||" GET "|", GET "Connection: x, ClOsE||" GET "|",
+        GET "Content-Length: 0||", GET "X: a\tb \xe4|Y:|X:again||",
+        "GET /?/b HTTP/1.1|hOST:\t a \t||", GET "Upgrade: websockets|" VERSION KEY "|",
+    }},
+    {"GET /|GET /|200 200", {GET "||" GET "|", GET "|" GET "||"}},
+    {"GET /|200 400", {GET "|G@", GET "|\n"}},
+    {"HEAD /a|200", {"HEAD /a?b=c HTTP/1.1|Host: a||"}},
+    {"DELETE /%00/../\xe4|200", {"DELETE /%00/../\xe4 HTTP/1.1|Host: a||"}},
+    {"400", {   /* the first line */
+        "\rG", "\n", " GET / HTTP/1.1|", "GET  / HTTP/1.1|", "GET /  HTTP/1.1|", "GET / HTTP/1.1 |",
+        "GET /|", "GET|", "GET / HTTP/1.2|", "GET / HTTP/2.0|", "GET / http/1.1|",
+        "GET / HTTP/1.1\n", "GET a HTTP/1.1|", "GET * HTTP/1.1|", "GET http://a/ HTTP/1.1|",
+        "G\xc3\xa4T / HTTP/1.1|", "G(T / HTTP/1.1|", "GET /\x01 HTTP/1.1|", "GET /\x7f HTTP/1.1|",
+        "GET /a\tb HTTP/1.1|", "GET /@ HTTP/1.1", "PRI * HTTP/2.0||SM||", "\x16\x03\x01\x02",
+    }},
+    {"400", {   /* the others */
+        "GET / HTTP/1.1||", "GET / HTTP/1.1|Host:||", GET "Host: a||", GET "X : a||", GET "X||",
+        GET ": a||", GET " X: a||", GET "X: a| b||", GET "X: a\n|", GET "X: a\rb||",
+        GET "X: \x01||", GET "X: \x7f||", GET "X@: a|", GET "X: @|", GET "Content-Length: 1||",
+        GET "Content-Length: -1||", GET "Content-Length:||", GET "Content-Length: 0, 0||",
+        GET "Content-Length: 0|Content-Length: 0||", GET "Transfer-Encoding: chunked||",
+    }},
+    {"101", {
+        UP VERSION KEY "|",
+        GET "uPGRADE: h2c, WEBSOCKET|connection: keep-alive, uPGRADE|" VERSION KEY "|",
+    }},
+    {"x|101", {UP VERSION KEY "|\x81\x81@@@@x"}},
+    {"426", {UP KEY "|", UP "Sec-WebSocket-Version: 8|" KEY "|"}},
+    {"400", {   /* upgrades */
+        UP VERSION "|", UP VERSION KEY KEY "|", GET "Upgrade: websocket|" VERSION KEY "|",
+        GET "Upgrade: websocket|Connection: Upgraded|" VERSION KEY "|",
+        UP VERSION "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j||",
+        "GET / HTTP/1.0|Upgrade: websocket|Connection: Upgrade|" VERSION KEY "|",
+        "POST / HTTP/1.1|Host: a|Upgrade: websocket|Connection: Upgrade|" VERSION KEY "|",
+        UP VERSION "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQA=||",
+        UP VERSION "Sec-WebSocket-Key: dGhlIHNhbXBsZ!Bub25jZQ==||",
+    }},
+};
+
+static void test_http(void) {
+    struct buf sent = {0}, got = {0};
+    for (size_t i = 0; i < COUNT(http_cases); i++)
+        for (const char *const *input = http_cases[i].inputs; *input != NULL; input++) {
+            play(true, spelled(*input), WHOLE, &sent);
+            buf_clear(&got);
+            buf_add(&got, buf_slice(&tape));
+            buf_addc(&sent, '\0');
+            for (const char *at = sent.p; (at = strstr(at, "HTTP/1.1 ")) != NULL; at += 12)
+                buf_printf(&got, "%s%.3s", at != sent.p ? " " : "", at + 9);
+            check_text(*input, buf_slice(&got), slice_of(http_cases[i].want));
+            sent.len--;
+            play_cut(*input, true, spelled(*input), buf_slice(&sent));
+        }
+    play(true, spelled(UP VERSION KEY "|"), WHOLE, &sent);
+    buf_addc(&sent, '\0');
+    const char *accept = "\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n";
+    CHECK(strstr(sent.p, accept) != NULL, "the example of the RFC");
+    buf_free(&sent), buf_free(&got);
+}
+
+/* Who is it, behind a proxy? 10/8 and fd00::/8 are ours. */
+static void test_forwarded(void) {
+    static const struct {
+        const char *client, *peer, *lines;
+    } cases[] = {
+        {"192.0.2.1", "192.0.2.1", XFF "1.2.3.4|"}, {"10.0.0.1", "10.0.0.1", ""},
+        {"1.2.3.4", "10.0.0.1", XFF "1.2.3.4|"}, {"1.2.3.4", "::ffff:10.0.0.1", XFF "1.2.3.4|"},
+        {"2001:db8::1", "10.0.0.1", "x-forwarded-FOR:2001:db8::1|"},
+        {"1.2.3.4", "10.0.0.1", XFF "6.6.6.6, 1.2.3.4|"},
+        {"1.2.3.4", "10.0.0.1", XFF "1.2.3.4,10.0.0.2|"},
+        {"1.2.3.4", "10.0.0.1", XFF "6.6.6.6 , 1.2.3.4 , fd00::2,10.0.0.2|"},
+        {"10.0.0.1", "10.0.0.1", XFF "|"}, {"10.0.0.3", "10.0.0.1", XFF "10.0.0.3, 10.0.0.2|"},
+        {"10.0.0.1", "10.0.0.1", XFF "junk|"}, {"10.0.0.1", "10.0.0.1", XFF ",,|"},
+        {"10.0.0.2", "10.0.0.1", XFF "6.6.6.6, junk, 10.0.0.2|"},
+        {"1.2.3.4", "10.0.0.1", XFF "6.6.6.6|" XFF "1.2.3.4|"},
+        {"1.2.3.4", "10.0.0.1", XFF "1.2.3.4|" XFF "10.0.0.2|"},
+        {"1.2.3.4", "fd00::1", XFF "::ffff:1.2.3.4|"}, {"10.0.0.1", "10.0.0.1", XFF "1.2.3.4:55|"},
+        {"5.6.7.8", "10.0.0.1", XFF "1.2.3.4||" GET XFF "5.6.7.8|"},
+    };
+    http_trust("10.0.0.0/8"), http_trust("fd00::/8");
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct conn *c = wire_open(0, &tape_proto, NULL);
+        struct addr want = address(cases[i].client);
+        char text[300];
+        c->peer = address(cases[i].peer);
+        http_accepted(&tape_listener, c);
+        snprintf(text, sizeof text, GET "%s|", cases[i].lines);
+        wire_feed(c, spelled(text));
+        bool right = memcmp(c->peer.ip, want.ip, 16) == 0;
+        CHECK(right, "%s, %s: %s", cases[i].peer, cases[i].lines, addr_text(&c->peer));
+        CHECK(http.connections == 1 && http.callers.n == 1, "%s: counted wrongly", cases[i].lines);
+        wire_close(c);
+    }
+    check_empty();
+}
+
+/* ---- Frames. In the tables "81:hello" is a frame by its first byte and its payload,
+ * "81*5" one of five times x, "=8100" bytes in hex; '|' stands between them. ---- */
+
+static void add_frames(struct buf *b, const char *spec, bool masked) {
+    static const char mask[] = {0x12, 0, (char)0xfe, (char)0x81};
+    for (slice rest = slice_of(spec); rest.len > 0;) {
+        slice item = slice_split(&rest, '|');
+        bool raw = *item.p == '=', many = !raw && item.p[2] == '*';
+        for (size_t i = 1; raw && i < item.len; i += 2)
+            buf_addc(b, (char)slice_number((slice){item.p + i, 2}, 16));
+        if (raw) continue;
+        struct buf payload = {0};
+        int64_t n = many ? slice_number(slice_cut(item, 3), 10) : 0;
+        while (n-- > 0) buf_addc(&payload, 'x');
+        if (!many) buf_add(&payload, slice_cut(item, 3));
+        for (size_t i = 0; masked && i < payload.len; i++)
+            payload.p[i] = (char)(payload.p[i] ^ mask[i % 4]);
+        struct buf frame = {0};
+        ws_append(&frame, 0, buf_slice(&payload));
+        frame.p[0] = (char)slice_number(slice_take(item, 2), 16);
+        if (masked) frame.p[1] = (char)(frame.p[1] | 0x80);
+        size_t head = frame.len - payload.len;
+        buf_add(b, slice_take(buf_slice(&frame), head));
+        if (masked) buf_add(b, (slice){mask, 4});
+        buf_add(b, slice_cut(buf_slice(&frame), head));
+        buf_free(&payload), buf_free(&frame);
+    }
+}
+
+/* The messages understood, the frames sent; and, if it must fail, the code of the close
+ * frame that comes behind those. Then inputs of which that is true. */
+static const struct {
+    const char *tape, *out;
+    unsigned code;
+    const char *inputs[48];
+} frames_cases[] = {
+    {"", "", 0, {"=81", "=8180", "=81fe00800102", "01:a", "01:a|00:b", "8a:", "8a:pong", "8a*125"}},
+    {"|", "", 0, {"81:", "01:|80:", "01:|00:|80:"}},
+    {"a|", "", 0, {"81:a", "01:|80:a", "01:a|80:", "8a:x|81:a|8a:"}},
+    {"hello|a|", "", 0, {"81:hello|81:a", "01:he|00:l|80:lo|81:a", "01:h|8a:x|80:ello|81:a"}},
+    {"(127)|(200)|", "", 0, {"81*127|81*200", "01*126|80:x|01*127|80*73"}},
+    {"(65535)|", "", 0, {"81*65535"}},
+    {"(65536)|a|", "", 0, {"81*65536|81:a", "01*40000|80*25536|81:a", "01*65536|80:|81:a"}},
+    {"(65536)|a|", "8a:ping", 0, {"01*65536|89:ping|80:|81:a"}}, {"", "8a:", 0, {"89:"}},
+    {"a|", "8a:ping|8a*125", 0, {"89:ping|81:a|89*125", "01:|89:ping|89*125|80:a"}},
+    {"\xe4\xbd\xa0|", "", 0, {"81:\xe4\xbd\xa0", "01:\xe4|00:\xbd|00:|80:\xa0"}},
+    {"\xf0\x9f\x98\x80|", "8a:\xff", 0, {"01:\xf0\x9f|89:\xff|80:\x98\x80"}},
+    {"", "88:", 0, {"88:", "88:|89:x", "01:a|88:|80:b"}},
+    {"a|", "88:\x03\xe8", 0, {"81:a|88:\x03\xe8|81:b", "81:a|88:\x03\xe8" "bye"}},
+    {"", "88:\x03\xeb", 0, {"88:\x03\xeb"}}, {"", "88:\x03\xef", 0, {"88:\x03\xef"}},
+    {"", "88:\x03\xf6", 0, {"88:\x03\xf6"}}, {"", "88:\x0b\xb8", 0, {"88:\x0b\xb8"}},
+    {"", "88:\x13\x87", 0, {"88:\x13\x87"}},
+    {"", "", 1002, {   /* close codes that nobody may send */
+        "88:x", "88:\x03\xe7", "88:\x03\xec", "88:\x03\xed", "88:\x03\xee", "88:\x03\xf7",
+        "88:\x03\xf8", "88:\x07\xd0", "88:\x0b\xb7", "88:\x13\x88", "88:\xff\xff",
+        "=8882000000000000",
+    }},
+    {"", "", 1002, {   /* no mask, reserved bits, reserved opcodes */
+        "=8100", "=810161", "=8900", "c1:a", "a1:a", "91:a", "f1:a", "c9:a", "83:a", "84:", "85:",
+        "86:", "87:", "8b:", "8c:", "8d:", "8e:", "8f:",
+    }},
+    {"", "", 1002, {   /* control frames and fragments as they must not be */
+        "09:a", "08:", "0a:", "89*126", "88*126", "89*65536", "80:a", "00:a", "01:a|81:b",
+        "01:a|01:b", "01:|01:",
+    }},
+    {"", "", 1002, {   /* lengths not in the shortest form, or beyond every sense */
+        "=81fe007d", "=81fe0000", "=81ff000000000000ffff", "=81ff0000000000000000",
+        "=81ff8000000000000000", "=81ffffffffffffffffff", "=81fffffffffffffffffc",
+        "01:a|=80ffffffffffffffffff",
+    }},
+    {"a|", "", 1002, {"81:a|80:b", "81:a|=8100"}},
+    {"", "", 1003, {"82:a", "82:", "02:a"}},
+    {"", "", 1007, {
+        "81:\xff", "81:\xed\xa0\x80", "81:\xe4\xbd", "01:\xff|80:", "01:\xe4|00:|80:a",
+        "01:\xe4|80:", "01:\xf4\x90", "81:\xf4\x8f\xbf", "=81fe100012000000ed", "88:\x03\xe8\xff",
+        "88:\x03\xe8ok \xe4\xbd",
+    }},
+    {"a|", "", 1007, {"81:a|81:\xc0\xaf"}}, {"", "8a:a", 1007, {"89:a|81:\x80"}},
+    {"", "", 1009, {
+        "=81ff0000000000010001", "=81ff0000000100000001", "=81ff7fffffffffffffff",
+        "01*40000|80*25537", "01:a|00:b|=80ff7fffffffffffffff", "01*65536|80:a",
+    }},
+    {"a|", "", 1009, {"81:a|=81ff0000000000010001"}},
+};
+
+static void check_frames(size_t i, const char *input) {
+    struct buf in = {0}, out = {0}, sent = {0};
+    add_frames(&in, input, true);
+    add_frames(&out, frames_cases[i].out, false);
+    play(false, buf_slice(&in), WHOLE, &sent);
+    check_text(input, buf_slice(&tape), slice_of(frames_cases[i].tape));
+    slice all = buf_slice(&sent), end = slice_cut(all, sent.len < out.len ? sent.len : out.len);
+    check_text(input, slice_take(all, all.len - end.len), buf_slice(&out));
+    unsigned code = end.len < 4 ? 0 : (unsigned char)end.p[2] * 256u + (unsigned char)end.p[3];
+    bool clean = end.len == 0 || (end.p[0] == (char)0x88 && ws_frame_size(end.p) == end.len);
+    CHECK(code == frames_cases[i].code && clean, "%s: closed with %u, %s", input, code, show(end));
+    play_cut(input, false, buf_slice(&in), all);
+    buf_free(&in), buf_free(&out), buf_free(&sent);
+}
+
+static void test_frames(void) {
+    for (size_t i = 0; i < COUNT(frames_cases); i++)
+        for (const char *const *input = frames_cases[i].inputs; *input != NULL; input++)
+            check_frames(i, *input);
+    for (unsigned n = FRAGMENTS_MAX; n <= FRAGMENTS_MAX + 1; n++) {   /* a text of empty pieces */
+        struct buf in = {0}, sent = {0};
+        add_frames(&in, "01:a", true);
+        for (unsigned i = 2; i < n; i++) add_frames(&in, "00:", true);
+        add_frames(&in, "80:b", true);
+        play(false, buf_slice(&in), WHOLE, &sent);
+        check_text("fragments", buf_slice(&tape), n == FRAGMENTS_MAX ? S("ab|") : S(""));
+        bool closed = sent.len > 4 && slice_eq((slice){sent.p + 2, 2}, S("\x03\xf0"));
+        CHECK(closed == (n > FRAGMENTS_MAX), "%u fragments", n);
+        buf_free(&in), buf_free(&sent);
+    }
+}
+
+static void test_frame_sizes(void) {
+    static const struct {
+        size_t len;
+        const char *head;
+    } cases[] = {
+        {0, "=8100"}, {1, "=8101"}, {125, "=817d"}, {126, "=817e007e"}, {127, "=817e007f"},
+        {65535, "=817effff"}, {65536, "=817f0000000000010000"}, {1 << 24, "=817f0000000001000000"},
+    };
+    char *payload = xcalloc(1 << 24);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct buf b = {0}, head = {0};
+        add_frames(&head, cases[i].head, false);
+        ws_append(&b, WS_TEXT, (slice){payload, cases[i].len});
+        check_text(cases[i].head, slice_take(buf_slice(&b), head.len), buf_slice(&head));
+        CHECK(b.len == head.len + cases[i].len, "%s: is %u bytes", cases[i].head, b.len);
+        CHECK(ws_frame_size(b.p) == b.len, "%s: is read as %zu", cases[i].head, ws_frame_size(b.p));
+        buf_free(&b), buf_free(&head);
+    }
+    free(payload);
+}
+
+/* ---- 7. Rooms ---- */
+
+static struct ws people[COUNT(wires)];
+
+static struct conn *person(int i, size_t takes) {
+    people[i] = (struct ws){0};
+    struct conn *c = wire_open(i, &tape_proto, &people[i]);
+    wires[i].takes = takes;
+    return c;
+}
+
+static struct member *join(const char *room, struct conn *c) {
+    return room_join(room_open(slice_of(room)), c);
+}
+
+static void say(const char *room, const char *text, struct member *except) {
+    room_publish(room_open(slice_of(room)), slice_of(text), except);
+}
+
+/* The texts in these frames that begin with this letter, or all; a close frame is shown
+ * as its code. Valid until called again. */
+static slice heard(const struct buf *out, char only) {
+    buf_clear(&tape);
+    for (slice rest = buf_slice(out); rest.len > 0;) {
+        size_t size = rest.len >= 4 ? ws_frame_size(rest.p) : 2;
+        if (size > rest.len || size == 2) return S("(half a frame)");
+        slice text = slice_cut(slice_take(rest, size), size > 127 ? 4 : 2);
+        unsigned code = (unsigned char)text.p[0] * 256u + (unsigned char)text.p[1];
+        if (*rest.p == (char)0x88) buf_printf(&tape, "(%u)", code);
+        else if (only == 0 || *text.p == only) buf_printf(&tape, "%.*s|", F(text));
+        rest = slice_cut(rest, size);
+    }
+    return buf_slice(&tape);
+}
+
+/* A log gives its memory back when the last member has read it, without another word. */
+static void test_rooms_memory(void) {
+    struct conn *c[] = {person(0, 10), person(1, SIZE_MAX)};
+    join("r", c[0]), join("r", c[1]);
+    struct room *r = room_open(S("r"));
+    for (unsigned n = 0; n < 100; n++) say("r", "0123456789", NULL);
+    loop_settle();
+    CHECK(r->log.len > 1000, "the log has %u bytes, but one member has not read", r->log.len);
+    wire_drain(c[0], SIZE_MAX);
+    CHECK(heard(&wires[0].out, '0').len == 1100, "not all was sent");
+    CHECK(r->log.p == NULL, "all have read, but the log keeps %u bytes", r->log.cap);
+    wire_close(c[0]), wire_close(c[1]);
+    check_empty();
+}
+
+static void test_rooms_except(void) {
+    struct conn *c[] = {person(0, 3), person(1, SIZE_MAX)};
+    struct member *m = join("r", c[0]);
+    join("r", c[1]);
+    say("r", "one", NULL);
+    loop_settle();
+    say("r", "two", NULL);
+    say("r", "three", m);   /* half of "one" is sent, "two" is not */
+    ws_text(c[0], S("four"));
+    wire_drain(c[0], SIZE_MAX);
+    check_text("the others", heard(&wires[1].out, 0), S("one|two|three|"));
+    check_text("itself", heard(&wires[0].out, 0), S("one|two|four|"));
+    wires[0].takes = 1;
+    say("r", "five", NULL), loop_settle(), say("r", "six", NULL);
+    room_leave(m);   /* with unread */
+    say("r", "seven", NULL);
+    wire_drain(c[0], SIZE_MAX);
+    check_text("it left", heard(&wires[0].out, 0), S("one|two|four|five|six|"));
+    CHECK(room_open(S("r"))->log.p == NULL, "the log is kept for one who left");
+    wire_close(c[0]), wire_close(c[1]);
+    check_empty();
+}
+
+/* A round for real sockets: collects what has come to each. */
+static void pump(struct conn *c[3], const int peer[3], struct buf got[3], int first) {
+    char piece[4096];
+    for (int i = first; i < 3; i++) {
+        wire_drain(c[i], 0);
+        for (ssize_t k; (k = recv(peer[i], piece, sizeof piece, 0)) > 0;)
+            buf_add(&got[i], (slice){piece, (size_t)k});
+    }
+}
+
+/* Real sockets, with small buffers. The slow one is closed, the others get everything;
+ * what the slow one has got are whole frames from the first on, and the reason. */
+static void test_rooms_slow(void) {
+    struct buf want = {0}, got[3] = {{0}, {0}, {0}};
+    struct conn *c[3];
+    int peer[3], small = 1, pair[2] = {-1, -1};
+    opt.backlog = 4096;
+    for (int i = 0; i < 3; i++) {
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0, "socketpair: %s", strerror(errno));
+        setsockopt(pair[0], SOL_SOCKET, SO_SNDBUF, &small, sizeof small);
+        fd_prepare(pair[0]), fd_prepare(pair[1]);
+        people[i] = (struct ws){0};
+        c[i] = conn_new(pair[0], &tape_proto, &people[i]);
+        peer[i] = pair[1];
+        join("r", c[i]);
+    }
+    for (unsigned n = 0; n < 1000; n++) {
+        char text[120];
+        snprintf(text, sizeof text, "%0100u", n);
+        buf_printf(&want, "%s|", text);
+        say("r", text, NULL);
+        CHECK(room_open(S("r"))->log.len <= opt.backlog, "the log is over --backlog");
+        if (n % 5 == 0) pump(c, peer, got, 1);
+    }
+    CHECK(people[0].close_code == WS_TRY_AGAIN, "the slow one stays");
+    CHECK(people[1].close_code == 0 && people[2].close_code == 0, "another one is closed");
+    for (unsigned round = 0; round < 20; round++) pump(c, peer, got, 0);
+    for (int i = 1; i < 3; i++) check_text("the others", heard(&got[i], 0), buf_slice(&want));
+    slice slow = heard(&got[0], 0);
+    size_t n = slow.len > 1000 ? slow.len - 6 : 0;
+    check_text("the slow one's end", slice_cut(slow, n), S("(1013)"));
+    CHECK(slice_starts(buf_slice(&want), slice_take(slow, n)), "before: %s", show(slow));
+    for (int i = 0; i < 3; i++) close(peer[i]), conn_read(c[i]), loop_settle(), buf_free(&got[i]);
+    check_empty();
+    buf_free(&want);
+}
+
+static void test_rooms_many(void) {
+    struct conn *c = person(0, 1), *other = person(1, SIZE_MAX);
+    struct member *m[ROOMS_PER_CLIENT];
+    struct buf all = {0};
+    char name[16];
+    opt.max_rooms = ROOMS_PER_CLIENT + 1;
+    for (unsigned i = 0; i < ROOMS_PER_CLIENT; i++) {
+        snprintf(name, sizeof name, "room%u|", i);
+        CHECK((m[i] = join(name, c)) != NULL, "%s is refused", name);
+    }
+    CHECK(join("one more", c) == NULL && join("one more", other) != NULL, "rooms of a client");
+    CHECK(room_open(S("another")) == NULL && room_open(S("room1|")) == m[1]->room, "--max-rooms");
+    for (unsigned i = 0; i < ROOMS_PER_CLIENT; i += 3) room_leave(m[i]);
+    for (unsigned i = 0; i < ROOMS_PER_CLIENT; i++) {
+        snprintf(name, sizeof name, "room%u|", i);
+        say(name, name, NULL);
+    }
+    wire_drain(c, 1);
+    for (unsigned i = 0; i < 2000 && c->blocked; i++) wire_drain(c, 7);
+    buf_add(&all, heard(&wires[0].out, 0)), buf_addc(&all, '\0');
+    for (unsigned i = 0; i < ROOMS_PER_CLIENT; i++) {
+        snprintf(name, sizeof name, "room%u|", i);
+        bool left = i % 3 == 0, found = strstr(all.p, name) != NULL;
+        CHECK(found != left, "%s: %s", name, left ? "still heard" : "missing");
+    }
+    CHECK(other->out.len == 0 && wires[1].out.len == 0, "heard what was said elsewhere");
+    wire_close(c), wire_close(other), buf_free(&all);
+    check_empty();
+}
+
+/* Random comings, goings and words, with sockets that take little. Everybody must hear in
+ * each room what was said there from its coming to its going, and nothing else. */
+static void test_rooms_random(void) {
+    static const char *const names[] = {"a", "b", "c", "private"};
+    struct buf want[4][4] = {{{0}}};   /* of a person, in a room; [3]: what is private */
+    struct member *m[4][3] = {{NULL}};
+    struct conn *c[4];
+    for (int i = 0; i < 4; i++) c[i] = person(i, 20);
+    for (unsigned step = 0; step < 8000; step++) {
+        unsigned i = random_below(4), k = random_below(3), except = random_below(8);
+        unsigned what = random_below(10);
+        char text[300];
+        int pad = (int)random_below(random_below(4) == 0 ? 180 : 9);
+        snprintf(text, sizeof text, "%s%u %0*d", names[what == 2 ? 3 : k], step, pad, 0);
+        if (what == 0 && m[i][k] == NULL) m[i][k] = join(names[k], c[i]);
+        if (what == 1 && m[i][k] != NULL) room_leave(m[i][k]), m[i][k] = NULL;
+        if (what == 2) ws_text(c[i], slice_of(text)), buf_printf(&want[i][3], "%s|", text);
+        if (what == 3) wire_drain(c[i], random_below(random_below(2) == 0 ? 9 : 400));
+        if (what == 4) loop_settle();
+        if (what >= 5) say(names[k], text, except < 4 ? m[except][k] : NULL);
+        for (unsigned to = 0; to < 4 && what >= 5; to++)
+            if (m[to][k] != NULL && to != except) buf_printf(&want[to][k], "%s|", text);
+    }
+    for (unsigned i = 0; i < 4; i++) {
+        wire_drain(c[i], SIZE_MAX);
+        for (unsigned k = 0; k < 4; k++) {
+            check_text(names[k], heard(&wires[i].out, *names[k]), buf_slice(&want[i][k]));
+            CHECK(want[i][k].len > 1000, "too easy: %u bytes were said", want[i][k].len);
+            buf_free(&want[i][k]);
+        }
+    }
+    for (unsigned i = 0; i < 4; i++) wire_close(c[i]);
+    check_empty();
+}
+
+/* ---- With a clock that we set ---- */
+
+/* Who does not take the last words, or does not go, is cut off after CLOSE_MS. */
+static void test_too_slow_to_go(void) {
+    for (size_t takes = 1; takes < 100; takes += 90) {
+        struct conn *c = person(0, takes);
+        join("r", c);
+        ws_close(c, WS_POLICY, "first"), ws_close(c, WS_TOO_BIG, "second");
+        loop_settle();
+        wire_feed(c, S("\xff\xff garbage that nobody looks at"));
+        now.ms += CLOSE_MS - 1, loop_tick(), loop_settle();
+        CHECK(loop.n == 1 && c->swept && c->fin_sent == (takes > 1), "ended too early");
+        now.ms += 1, loop_tick(), loop_settle();
+        slice want = takes > 1 ? S("\x88\x07\x03\xf0" "first") : S("\x88");
+        check_text("last words", buf_slice(&wires[0].out), want);
+        check_empty();
+    }
+}
+
+static struct conn *chatter(int i) {
+    struct conn *c = wire_open(i, NULL, NULL);
+    chat_upgraded(c);
+    return c;
+}
+
+/* --rate 50 --burst 100: below no tokens an error, below -100 the end. */
+static void test_rate(void) {
+    static const struct {
+        unsigned wait_ms, messages, pongs;   /* of these */
+        bool closed;
+    } cases[] = {
+        {0, 100, 100, false}, {0, 1, 0, false}, {20, 1, 0, false}, {40, 2, 1, false},
+        {40, 1, 1, false}, {1000, 51, 50, false}, {3600000, 150, 100, false}, {0, 50, 0, false},
+        {19, 1, 0, true},
+    };
+    struct conn *c = chatter(0);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        unsigned pongs = 0, errors = 0;
+        now.ms += cases[i].wait_ms;
+        for (unsigned n = 0; n < cases[i].messages; n++) chat_message(c, S("{\"type\":\"ping\"}"));
+        buf_clear(&wires[0].out);
+        loop_settle();
+        for (slice rest = heard(&wires[0].out, '{'); rest.len > 0;) {
+            slice text = slice_split(&rest, '|');
+            pongs += slice_eq(text, S("{\"type\":\"pong\"}"));
+            errors += slice_starts(text, S("{\"type\":\"error\",\"code\":\"rate_limited\""));
+        }
+        CHECK(pongs == cases[i].pongs, "case %zu: %u pongs", i, pongs);
+        CHECK(c->closing == cases[i].closed, "case %zu: closed?", i);
+        unsigned refused = cases[i].messages - pongs - cases[i].closed;
+        CHECK(errors == refused, "case %zu: %u errors", i, errors);
+    }
+    check_text("the end", heard(&wires[0].out, '-'), S("(1008)"));
+    wire_close(c);
+    opt.rate = 0;
+    c = chatter(0);
+    struct client *cl = c->state;
+    for (unsigned n = 0; n < 3000; n++) CHECK(chat_allow(cl), "--rate 0: message %u is refused", n);
+    CHECK(cl->tokens >= -2000 * (int32_t)opt.burst, "--rate 0: tokens fall until they overflow");
+    wire_close(c);
+}
+
+/* Seconds at which a ping goes out, and '!' where the connection is closed. */
+static void test_silence(void) {
+    static const struct {
+        unsigned heard_at[3];
+        const char *want;
+    } cases[] = {
+        {{0}, "25 50 75!"}, {{10}, "35 60 85!"}, {{26, 51, 76}, "25 101 126 151!"},
+        {{74}, "25 50 99 124 149!"}, {{24, 48, 72}, "97 122 147!"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct conn *c = chatter(0);
+        struct buf got = {0};
+        for (unsigned s = 1; s < 200 && !c->closing; s++) {
+            now.ms += 1000;
+            for (unsigned k = 0; k < 3; k++)
+                if (s == cases[i].heard_at[k]) wire_feed(c, S("\x8a\x80\0\0\0\0"));
+            buf_clear(&wires[0].out);
+            loop_tick(), loop_settle();
+            slice sent = buf_slice(&wires[0].out);
+            if (sent.len == 0) continue;
+            buf_printf(&got, "%s%u%s", got.len > 0 ? " " : "", s, c->closing ? "!" : "");
+            if (c->closing) check_text("close", sent, S("\x88\x15\x11\x38silent for too long"));
+            else check_text("pings", sent, S("\x89\0\x81\x0f{\"type\":\"ping\"}"));
+        }
+        check_text("seconds", buf_slice(&got), slice_of(cases[i].want));
+        wire_close(c), buf_free(&got);
+    }
+}
+
+/* ---- 13. Main: options ---- */
+
+/* The status that the program would end with; 0 when it goes on. */
+static int options_status(int argc, const char *const *argv) {
+    for (struct option *o = options; o < options + N_OPTIONS; o++) o->given = false;
+    http.n_proxies = mains.n_binds = 0;
+    fake.log_len = 0;
+    fake.catching = true;
+    int status = setjmp(fake.back);
+    if (status == 0) options_read(argc, (char **)(uintptr_t)argv);
+    fake.catching = false;
+    CHECK((status == 0) == (fake.log_len == 0), "not one line, but status %d", status - 1);
+    return status > 0 ? status - 1 : 0;
+}
+
+/* One option with one value, as --name value, --name=value, -x value, and XCHAT_NAME. */
+static void check_option(const struct option *o, const char *value, bool good) {
+    char name[40], joined[80], variable[50] = "XCHAT_", letter[] = {'-', o->letter, '\0'};
+    snprintf(name, sizeof name, "--%s", o->name);
+    snprintf(joined, sizeof joined, "--%s=%s", o->name, value);
+    for (size_t i = 0; o->name[i] != '\0'; i++) {
+        char c = o->name[i];
+        variable[6 + i] = (char)(c == '-' ? '_' : c - 'a' + 'A');
+    }
+    for (int way = 0; way < 4; way++) {
+        const char *argv[] = {"xchat", way == 0 ? name : way == 1 ? joined : letter, value};
+        if (way == 2 && o->letter == 0) continue;
+        if (way == 3) setenv(variable, value, 1);
+        int status = options_status((int[]){3, 2, 3, 1}[way], argv);
+        unsetenv(variable);
+        CHECK(status == (good ? 0 : 2), "%s, way %d: status %d", joined, way, status);
+        bool taken = good && *o->number == strtoul(value, NULL, 10);
+        CHECK(taken == good, "%s, way %d: it is %u", joined, way, *o->number);
+    }
+}
+
+static void test_option_ranges(void) {
+    static const char *const wrong[] = {
+        "", "x", " 4096", "4096 ", "4096K", "+4096", "-1", "1e3", "0x1000", "4096.", "4294967296",
+        "4294971392", "18446744073709551617", "18446744073709555712",
+    };
+    for (const struct option *o = options; o < options + N_OPTIONS; o++) {
+        if (o->number == NULL) continue;
+        int64_t min = o->min, max = o->max, numbers[] = {min, min + 1, max, max + 1, min - 1};
+        for (size_t i = 0; i < COUNT(numbers); i++) {
+            char value[24];
+            snprintf(value, sizeof value, "%lld", (long long)numbers[i]);
+            check_option(o, value, i < 3);
+        }
+        for (size_t i = 0; i < COUNT(wrong); i++) check_option(o, wrong[i], false);
+        CHECK(o->initial >= min && o->initial <= max, "--%s: the default is out of range", o->name);
+    }
+}
+
+/* Command lines, split at blanks. */
+static void test_option_forms(void) {
+    static const char *const good[] = {
+        "", "-p 1 --port=2", "-v", "--verbose", "-b ::1 -b unix:/a=b", "--bind=unix:/a=b",
+        "--trust-proxy 10.0.0.0/8",
+    };
+    static const char *const wrong[] = {
+        "--trust-proxy 10.0.0.0/33", "--trust-proxy", "--port", "-p", "-p8080", "-p=8080", "--nope",
+        "--por 80", "--Port 80", "--", "-", "--=", "--=1", "--verbose=1", "--verbose=",
+        "--verbose 1", "a\n", "\xff", "port 8080", "verbose", "---p 8080", "---v", "p 8080", "=1",
+    };
+    for (size_t i = 0; i < COUNT(good) + COUNT(wrong); i++) {
+        const char *argv[8] = {"xchat"}, *line = i < COUNT(good) ? good[i] : wrong[i - COUNT(good)];
+        char text[80], *rest = text;
+        int argc = 1;
+        snprintf(text, sizeof text, "%s", line);
+        while (*rest != '\0') {
+            argv[argc++] = rest;
+            rest += strcspn(rest, " ");
+            if (*rest == ' ') *rest++ = '\0';
+        }
+        CHECK(options_status(argc, argv) == (i < COUNT(good) ? 0 : 2), "%s", line);
+    }
+    setenv("XCHAT_PORT", "1", 1), setenv("XCHAT_BIND", "::1", 1);
+    CHECK(options_status(2, (const char *const[]){"x", "--port=2"}) == 0, "both are given");
+    CHECK(opt.port == 2 && mains.n_binds == 1, "the command line goes first");
+    unsetenv("XCHAT_PORT"), unsetenv("XCHAT_BIND");
+    const char *many[35] = {"x"};
+    for (size_t i = 1; i < COUNT(many); i++) many[i] = i % 2 == 1 ? "-b" : "::1";
+    CHECK(options_status(33, many) == 0 && options_status(35, many) == 2, "16 times --bind");
+}
+
+/* ---- All of them ---- */
+
+#define TEST(name) {#name, test_##name}
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} tests[] = {
+    TEST(slices), TEST(numbers), TEST(buffers), TEST(log), TEST(utf8), TEST(utf8_exhaustive),
+    TEST(json), TEST(json_wrong), TEST(json_depth), TEST(json_pick), TEST(json_text),
+    TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(cidr), TEST(callers),
+    TEST(http), TEST(forwarded), TEST(frames), TEST(frame_sizes),
+    TEST(rooms_memory), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
+    TEST(too_slow_to_go), TEST(rate), TEST(silence), TEST(option_ranges), TEST(option_forms),
+};
+
+int main(int argc, char **argv) {
+    bool failed = false;
+    clock_read();
+    signal(SIGPIPE, SIG_IGN);
+    http.callers.key = caller_key;
+    rooms.by_name.key = room_key;
+    loop.flush = rooms_flush;
+    chat_init(7272);
+    tape_proto = chat_proto;
+    tape_proto.message = tape_message, tape_proto.closed = tape_closed, tape_proto.tick = NULL;
+    for (size_t i = 0; i < COUNT(tests); i++) {
+        bool wanted = argc == 1;
+        for (int k = 1; k < argc; k++) wanted = wanted || strcmp(argv[k], tests[i].name) == 0;
+        if (!wanted) continue;
+        options_status(1, (const char *const[]){"xchat"});   /* the defaults */
+        opt.verbose = false;
+        now.ms = 1000000;
+        test.failures = 0;
+        tests[i].run();
+        if (test.failures == 0) printf("ok unit.%s\n", tests[i].name);
+        else {
+            const char *why = show(slice_of(test.why));   /* the case may hold any bytes */
+            printf("FAIL unit.%s: %s (%u failed)\n", tests[i].name, why, test.failures);
+        }
+        failed = failed || test.failures > 0;
+        fflush(stdout);
+    }
+    return failed ? 1 : 0;
+}
