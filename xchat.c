@@ -5,7 +5,8 @@
  *
  * then open http://localhost:7272/ in two windows and talk.
  *
- * Contents. The file reads bottom-up: what is called stands above its caller.
+ * Contents. The file reads bottom-up: what is called stands above its caller. (The
+ * numbers left out are those of chapters still to come.)
  *
  *      1. Bytes               slices, growable buffers, UTF-8, clock, log
  *      2. JSON                strict reader that borrows, writer that escapes
@@ -142,6 +143,7 @@ static slice slice_cut(slice s, size_t n) { return assert(n <= s.len), (slice){s
 static bool slice_eq(slice a, slice b) { return a.len == b.len && memcmp(a.p, b.p, a.len) == 0; }
 static bool slice_starts(slice s, slice head) { return s.len >= head.len && memcmp(s.p, head.p, head.len) == 0; }
 static char lower(char c) { return c >= 'A' && c <= 'Z' ? (char)(c + ('a' - 'A')) : c; }
+static bool is_alnum(char c) { return (lower(c) >= 'a' && lower(c) <= 'z') || (c >= '0' && c <= '9'); }
 
 static bool slice_eqcase(slice a, slice b) {
     size_t i = 0;
@@ -240,9 +242,10 @@ static void buf_free(struct buf *b) {
  * adds to `len`. */
 static char *buf_room(struct buf *b, size_t n) {
     size_t need = b->len + n, cap = need < 2 * (size_t)b->cap ? 2 * (size_t)b->cap : (need + 63) / 64 * 64;
-    if (cap > INT32_MAX) die("a buffer of %zu bytes is beyond every limit", need);
+    if (need > INT32_MAX) die("a buffer of %zu bytes is beyond every limit", need);
     if (b->off + need > b->cap) {
         bool fits = need <= b->cap && b->off >= b->cap / 2;
+        if (cap > INT32_MAX) cap = INT32_MAX;
         char *p = fits ? b->p : xrealloc(NULL, cap);
         if (b->len > 0) memmove(p, b->p + b->off, b->len);
         if (!fits) free(b->p);
@@ -503,7 +506,8 @@ static slice json_inside(slice raw) { return (slice){raw.p + 1, raw.len - 2}; }
 
 /* Is this raw string the text `name`? "\u0074ype" is "type". */
 static bool json_is(slice raw, const char *name) {
-    slice rest = raw.len >= 2 && *raw.p == '"' ? json_inside(raw) : S("?"), wanted = slice_of(name);
+    if (raw.len < 2 || *raw.p != '"') return false;
+    slice rest = json_inside(raw), wanted = slice_of(name);
     char utf8[4] = "";
     while (rest.len > 0) {
         slice c = {utf8, json_char(&rest, utf8)};
@@ -538,7 +542,10 @@ static bool json_number_text(slice raw, struct buf *b) {
     char text[64] = "";
     memcpy(text, raw.p, raw.len < sizeof text ? raw.len : 0);
     double value = strtod(text, NULL);
-    bool whole = strpbrk(text, ".eE") == NULL && raw.len <= 18, ok = *text != '\0' && isfinite(value);
+    errno = 0;
+    strtoll(text, NULL, 10);
+    bool whole = strpbrk(text, ".eE") == NULL && errno == 0 && strcmp(text, "-0") != 0;
+    bool ok = *text != '\0' && isfinite(value);
     if (ok && !whole) snprintf(text, sizeof text, "%.15g", value);
     if (ok && !whole && strtod(text, NULL) != value) snprintf(text, sizeof text, "%.17g", value);
     if (ok) buf_add(b, slice_of(text));
@@ -583,6 +590,7 @@ static void escape(struct buf *b, slice s, const struct escapes *e) {
     size_t run = 0;
     for (size_t i = 0; i < s.len; i++) {
         unsigned char c = (unsigned char)s.p[i];
+        if (c >= 0x80 || c == ' ' || is_alnum((char)c)) continue;   /* most of what people write */
         const char *at = c != '\0' ? strchr(e->from, c) : NULL;
         if (at == NULL && (c >= 0x20 || !e->controls)) continue;
         buf_add(b, (slice){s.p + run, i - run});
@@ -649,7 +657,7 @@ static void html_escape(struct buf *b, slice s, bool breaks) {
  * Called by: 5 HTTP and WebSocket, 7 Rooms, 9 Chat.
  */
 
-enum { TABLE_KEY_MAX = 128 };
+enum { TABLE_KEY_MAX = ROOM_MAX_BYTES };
 
 static struct {
     unsigned char secret[16];
@@ -720,8 +728,8 @@ static void table_remove(struct table *t, slice key) {
  * A server waits for many sockets at once and must never wait for one of them. All
  * that has a descriptor is a `struct conn`, and poll(2) says who is ready:
  *
- *     loop.pfd    | signals | listener | browser | phone | browser | ...
- *     loop.conn   |    o    |    o     |    o    |   o   |    o    | ...
+ *     loop.pfd    | listener | browser | phone | browser | ...
+ *     loop.conn   |    o     |    o    |   o   |    o    | ...
  *
  * A protocol is a chapter that supplies a `struct proto`: one function that consumes
  * input, and a few for the turning points of a connection's life. HTTP becomes
@@ -800,6 +808,7 @@ static struct {
     bool (*flush)(void);           /* chapter 7's: send what rooms have gathered */
     int64_t tick_ms;               /* next look at the deadlines */
     int64_t stop_ms;               /* when stopping: the end, whatever is left */
+    volatile sig_atomic_t signals; /* SIGTERM or SIGINT: so many came */
     char chunk[READ_BYTES];        /* everybody's input */
     char text[INET6_ADDRSTRLEN + 10];   /* addr_text()'s */
 } loop;
@@ -978,18 +987,19 @@ static struct conn *listen_at(const struct addrinfo *ai, const struct proto *pro
     int one = 1, fd = socket(ai->ai_family, SOCK_STREAM, 0), error;
     struct sockaddr_storage bound;
     socklen_t len = sizeof bound;
+    if (fd < 0) return NULL;
     /* The first lets a restart not wait for old connections to be forgotten; without
      * the second IPv6 would take the port of IPv4 too. */
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     if (ai->ai_family == AF_INET6) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one);
-    if (fd >= 0 && bind(fd, ai->ai_addr, ai->ai_addrlen) == 0 && listen(fd, 4096) == 0 && fd_prepare(fd) == 0 &&
+    if (bind(fd, ai->ai_addr, ai->ai_addrlen) == 0 && listen(fd, 4096) == 0 && fd_prepare(fd) == 0 &&
         getsockname(fd, (struct sockaddr *)&bound, &len) == 0) {
         struct conn *l = conn_new(fd, proto, (void *)(uintptr_t)state);
         l->peer = addr_of(&bound);
         return l;
     }
     error = errno;
-    if (fd >= 0) close(fd);
+    close(fd);
     errno = error;
     return NULL;
 }
@@ -1000,7 +1010,8 @@ static const char *listen_unix(const char *path, const struct proto *proto, cons
     struct sockaddr_un sa = {.sun_family = AF_UNIX};
     struct addrinfo ai = {.ai_family = AF_UNIX, .ai_addr = (struct sockaddr *)&sa, .ai_addrlen = sizeof sa};
     struct stat st;
-    snprintf(sa.sun_path, sizeof sa.sun_path, "%s", path);
+    if (strlen(path) >= sizeof sa.sun_path) return strerror(ENAMETOOLONG);
+    memcpy(sa.sun_path, path, strlen(path));
     int probe = socket(AF_UNIX, SOCK_STREAM, 0);
     if (stat(path, &st) == 0 && S_ISSOCK(st.st_mode) && connect(probe, ai.ai_addr, sizeof sa) != 0 &&
         errno == ECONNREFUSED) unlink(path);
@@ -1031,6 +1042,14 @@ static const char *listen_tcp(const char *host, uint16_t port, const struct prot
 }
 
 /* ---- The end of a round. ---- */
+
+/* `closed` of listeners. The file goes while the socket still answers: afterwards it
+ * may be a successor's. */
+static void listener_closed(struct conn *l) {
+    struct sockaddr_un sa = {.sun_family = AF_UNSPEC};
+    socklen_t len = sizeof sa - 1;
+    if (l->peer.local && getsockname(l->fd, (struct sockaddr *)&sa, &len) == 0) unlink(sa.sun_path);
+}
 
 static void conn_free(struct conn *c) {
     close(c->fd);
@@ -1086,7 +1105,23 @@ static void loop_tick(void) {
     }
 }
 
-/* Runs until loop_stop(), and until everything has ended. */
+/* The first signal says goodbye to everybody, the second ends the program on the spot. */
+static void loop_signal(int number) {
+    (void)number;
+    if (loop.signals++ > 0) _exit(1);
+}
+
+/* Has every connection end; loop_run() returns when all have gone, or after a little
+ * less than CLOSE_MS. */
+static void loop_stop(void) {
+    log_info("stopping");
+    loop.stop_ms = now.ms + CLOSE_MS - TICK_MS - 100;
+    loop.flush();   /* what was said goes out before the goodbye */
+    for (uint32_t i = 0; i < loop.n; i++) conn_close(loop.conn[i], "server is stopping");
+}
+
+/* Runs until a signal, and then until everything has ended. A signal that comes just
+ * before poll() is seen at the next tick. */
 static void loop_run(void) {
     while (loop.n > 0 && (loop.stop_ms == 0 || now.ms < loop.stop_ms)) {
         int64_t wait_ms = loop.tick_ms - now.ms;
@@ -1105,17 +1140,10 @@ static void loop_run(void) {
             if (c->proto->accepted != NULL) listener_ready(c);
             else conn_read(c);   /* for POLLHUP and POLLERR too: it tells what happened */
         }
+        if (loop.signals > 0 && loop.stop_ms == 0) loop_stop();
         if (now.ms >= loop.tick_ms) loop_tick();
         loop_settle();
     }
-}
-
-/* Has every connection say goodbye; loop_run() returns when all have gone, or after a
- * little less than CLOSE_MS. */
-static void loop_stop(void) {
-    loop.stop_ms = now.ms + CLOSE_MS - TICK_MS - 100;
-    loop.flush();   /* what was said goes out before the goodbye */
-    for (uint32_t i = 0; i < loop.n; i++) conn_close(loop.conn[i], "server is stopping");
 }
 
 /* ==========================================================================
@@ -1157,16 +1185,18 @@ static void loop_stop(void) {
  *
  * Owns: the count of connections, in all and by address; the trusted proxies.
  * Calls: 1 Bytes, 3 Tables, 4 The loop. Called by: 7 Rooms, 9 Chat, 12 Page, 13 Main.
- * Promises: a close frame is sent before TCP ends.
+ * Promises: a close frame is sent before TCP ends, unless the peer has hung up.
  */
 
-/* The headers that mean something to us; http_parse() has their names. */
+/* The headers that mean something to us; http_parse() has their names. Those before
+ * CONNECTION may stand only once. */
 enum header { HOST, LENGTH, ENCODING, WS_KEY, WS_VERSION, CONNECTION, UPGRADE, FORWARDED, HEADERS };
 
 struct request {
     slice method, target, path;   /* path: target without the query */
     slice header[HEADERS];        /* S("") for what is missing */
     bool keep;                    /* the connection may go on after the answer */
+    bool close, upgrade;          /* words of its Connection headers */
 };
 
 struct site {   /* what a listener serves: its `state`, and that of its HTTP connections */
@@ -1266,8 +1296,6 @@ static bool http_has_token(slice list, slice token) {
     return false;
 }
 
-static bool is_alnum(char c) { return (lower(c) >= 'a' && lower(c) <= 'z') || (c >= '0' && c <= '9'); }
-
 static bool http_is_token(slice s) {
     size_t n = 0;
     while (n < s.len && (is_alnum(s.p[n]) || (s.p[n] != '\0' && strchr("!#$%&'*+-.^_`|~", s.p[n]) != NULL))) n++;
@@ -1323,14 +1351,18 @@ static const char *http_parse(slice head, struct request *q) {
         for (size_t i = 0; i < HEADERS; i++) {
             if (!slice_eqcase(name, slice_of(names[i]))) continue;
             if ((q->header[i].len > 0 || value.len == 0) && i < CONNECTION) return "a header comes twice, or empty\n";
-            struct addr hop;   /* a list may have several lines: the last one that counts */
+            if (i == CONNECTION) {
+                q->close |= http_has_token(value, S("close"));
+                q->upgrade |= http_has_token(value, S("Upgrade"));
+            }
+            struct addr hop;   /* of several lines the last that names a client counts */
             if (i != FORWARDED || q->header[i].len == 0 || http_client(value, &hop)) q->header[i] = value;
         }
     }
     bool body = q->header[LENGTH].len > 0 && !slice_eq(q->header[LENGTH], S("0"));
     if (body || q->header[ENCODING].len > 0) return "no body is taken here\n";
     if (q->header[HOST].len == 0 && q->keep) return "a Host header is needed\n";
-    q->keep = q->keep && !http_has_token(q->header[CONNECTION], S("close"));
+    q->keep = q->keep && !q->close;
     return NULL;
 }
 
@@ -1365,9 +1397,10 @@ static void http_reply(struct conn *c, const struct request *q, const char *stat
 /* Answers what is no request, or gets no further, and ends the connection: returns -1.
  * There is a line in the log, but not for each of many. */
 static int http_refuse(struct conn *c, const char *status, slice extra, const char *why) {
-    if (now.ms - http.logged_ms >= TICK_MS)
+    if (now.ms - http.logged_ms >= TICK_MS) {
+        http.logged_ms = now.ms;
         log_info("%s: %s: %.*s", addr_text(&c->peer), status, (int)strlen(why) - 1, why);
-    http.logged_ms = now.ms;
+    }
     http_reply(c, &(struct request){.method = S("-"), .target = S("-")}, status, extra, slice_of(why));
     return -1;
 }
@@ -1379,10 +1412,11 @@ static int ws_upgrade(struct conn *c, const struct request *q) {
     slice key = q->header[WS_KEY];
     bool key_ok = key.len == 24 && slice_eq(slice_cut(key, 22), S("=="));
     for (size_t i = 0; key_ok && i < 22; i++) key_ok = is_alnum(key.p[i]) || key.p[i] == '+' || key.p[i] == '/';
-    if (!slice_eq(q->method, S("GET")) || !q->keep || !http_has_token(q->header[CONNECTION], S("Upgrade")))
+    if (!slice_eq(q->method, S("GET")) || !q->keep || !q->upgrade)
         return http_refuse(c, "400 Bad Request", S(PLAIN), "an upgrade is a GET with 'Connection: Upgrade'\n");
     if (!slice_eq(q->header[WS_VERSION], S("13")))
-        return http_refuse(c, "426 Upgrade Required", S(PLAIN "Sec-WebSocket-Version: 13\r\n"), "wrong version\n");
+        return http_refuse(c, "426 Upgrade Required",
+                           S(PLAIN "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"), "wrong version\n");
     if (!key_ok) return http_refuse(c, "400 Bad Request", S(PLAIN), "Sec-WebSocket-Key: 16 bytes in base64\n");
     memcpy(text, key.p, 24);
     memcpy(text + 24, "258EAFA5-E914-47DA-95CA-C5AB0DC85B11", 36);
@@ -1434,7 +1468,7 @@ static ssize_t http_feed(struct conn *c, char *p, size_t n) {
     if (blank && (n == 1 || p[1] == '\n')) return n == 1 ? 0 : 2;
     ssize_t end = http_head_end(c, p, n);
     struct request q = {0};
-    if ((end > 0 ? (size_t)end : n) > opt.max_head)
+    if (end >= 0 && (end > 0 ? (size_t)end : n) > opt.max_head)
         return http_refuse(c, "431 Request Header Fields Too Large", S(PLAIN), "the head is over --max-head\n");
     if (end == 0) return 0;
     c->searched = 0;
@@ -1464,7 +1498,9 @@ static void http_accepted(struct conn *l, struct conn *c) {
     if (c->refused && http.refused > REFUSED_MAX) conn_lost(c, "over --max-per-address");
 }
 
-static const struct proto http_listener = {.name = "listener", .accepted = http_accepted, .tick = conn_touch};
+static const struct proto http_listener = {
+    .name = "listener", .accepted = http_accepted, .tick = conn_touch, .closed = listener_closed,
+};
 
 /* ---- Frames. ---- */
 
@@ -1846,7 +1882,7 @@ struct client {
     char *name;             /* HTML, owned; NULL before login */
     int64_t filled_ms;      /* when tokens were last added */
     int32_t tokens;         /* thousandths of messages it may send now: chat_allow() */
-    uint32_t pings;         /* sent in the current silence */
+    uint32_t silences;      /* times --ping since it was last heard */
     char id[21];
 };
 
@@ -1888,7 +1924,7 @@ static slice chat_end_ref(void) {
     return chat_end();
 }
 
-/* Adds who it is from and the time, in the order that clients have always had. */
+/* Adds who it is from, under the names this type has for that. */
 static void chat_add_from(const struct client *cl, const char *id_name, const char *name_name) {
     json_add(&chat.json, id_name, client_key(cl));
     json_add(&chat.json, name_name, slice_of(cl->name));
@@ -2003,7 +2039,8 @@ static bool chat_whisper(struct client *cl) {
     buf_clear(&chat.text);
     json_text(chat.f[TO_CLIENT_ID].raw, &chat.text);
     struct client *to = client_find(buf_slice(&chat.text));
-    if (to == NULL) return chat_error(cl, "no_such_client", "to_client_id: nobody of that id is here");
+    if (to == NULL || to->c->closing)
+        return chat_error(cl, "no_such_client", "to_client_id: nobody of that id is here");
     if (!chat_field(cl, TO_CLIENT_NAME, &chat.name, 0) || !chat_field(cl, CONTENT, &chat.text, 0)) return false;
     chat_write_say(cl, client_key(to), S("<b>\xe5\xaf\xb9\xe4\xbd\xa0\xe8\xaf\xb4: </b>"));
     ws_text(to->c, chat_end());
@@ -2028,14 +2065,6 @@ static bool chat_say(struct client *cl) {
     return true;
 }
 
-static bool chat_ping(struct client *cl) {
-    chat_begin(S("pong"));
-    ws_text(cl->c, chat_end_ref());
-    return true;
-}
-
-static bool chat_pong(struct client *cl) { return cl->c->heard_ms == now.ms; }   /* that it came is all */
-
 /* A token bucket: --rate tokens a second flow in, up to --burst; a message takes one,
  * a refused one too, and who digs on below minus --burst is shown out. */
 static bool chat_allow(struct client *cl) {
@@ -2054,12 +2083,6 @@ static void chat_message(struct conn *c, slice text) {
     static const char *const names[FIELDS] = {
         "type", "ref", "client_name", "room_id", "to_client_id", "to_client_name", "content",
     };
-    static const struct {
-        const char *type;
-        bool (*run)(struct client *cl);   /* false: it was answered with an error */
-    } types[] = {
-        {"say", chat_say}, {"pong", chat_pong}, {"ping", chat_ping}, {"login", chat_login}, {"logout", chat_logout},
-    };
     struct client *cl = c->state;
     size_t at;
     for (size_t i = 0; i < FIELDS; i++) chat.f[i] = (struct json_field){.name = names[i]};
@@ -2070,14 +2093,13 @@ static void chat_message(struct conn *c, slice text) {
                   (*ref.p == '"' && json_text(ref, &chat.text) && chat.text.len <= REF_MAX_BYTES);
     chat.ref = why == NULL && ref.p != NULL && ref_ok ? ref : S("");
     if (!chat_allow(cl)) return;
-    for (size_t i = 0; i < sizeof types / sizeof *types && why == NULL && ref_ok && type.p != NULL; i++)
-        if (json_is(type, types[i].type)) {
-            types[i].run(cl);
-            return;
-        }
     if (why != NULL) chat_error(cl, "bad_json", "byte %zu: %s", at, why);
     else if (!ref_ok) chat_error(cl, "bad_field", "ref must be text of at most %d bytes", REF_MAX_BYTES);
-    else chat_error(cl, "bad_type", "type must be one of login, say, logout, ping, pong");
+    else if (json_is(type, "say")) chat_say(cl);
+    else if (json_is(type, "login")) chat_login(cl);
+    else if (json_is(type, "logout")) chat_logout(cl);
+    else if (json_is(type, "ping")) chat_begin(S("pong")), ws_text(c, chat_end_ref());
+    else if (!json_is(type, "pong")) chat_error(cl, "bad_type", "type must be one of login, say, logout, ping, pong");
 }
 
 /* ---- The life of a client. ---- */
@@ -2087,8 +2109,8 @@ static void chat_message(struct conn *c, slice text) {
 static void chat_tick(struct conn *c) {
     struct client *cl = c->state;
     int64_t silences = (now.ms - c->heard_ms) / ((int64_t)opt.ping_s * 1000);
-    bool ask = silences > cl->pings;
-    cl->pings = (uint32_t)silences;
+    bool ask = silences > cl->silences;
+    cl->silences = (uint32_t)silences;
     if (silences >= 3) ws_close(c, WS_SILENT, "silent for too long");
     else if (ask) {
         ws_append(&c->out, WS_PING, S(""));
@@ -2539,9 +2561,7 @@ static const struct site page_site = {page_request, chat_upgraded};
  * refused with status 2; what keeps the server from starting ends it with status 1;
  * both in one line that names the option.
  *
- * A signal only writes a byte into a socket of the loop, so that all is done at one
- * place and time. The first SIGTERM or SIGINT says goodbye to everybody, the second
- * one ends the program on the spot.
+ * A signal only counts (see chapter 4), so that all else is done at one place and time.
  *
  * Owns: the options, the list of listeners. Calls: all above. Called by: the shell.
  */
@@ -2549,8 +2569,6 @@ static const struct site page_site = {page_request, chat_upgraded};
 static struct {
     const char *binds[16];
     uint32_t n_binds;
-    int signal_fd;   /* signals are written here */
-    volatile sig_atomic_t signals;
 } mains;
 
 static const char *take_bind(const char *value) {
@@ -2588,7 +2606,7 @@ static struct option {
     {"max-rooms", "N", 0, &opt.max_rooms, 1, 1 << 24, 65536, NULL, "rooms at a time", false},
     {"rate", "N", 0, &opt.rate, 0, 1000000, 50, NULL, "messages a second and client; 0: any", false},
     {"burst", "N", 0, &opt.burst, 1, 1000000, 100, NULL, "messages at once and client", false},
-    {"backlog", "BYTES", 0, &opt.backlog, 4096, 1 << 30, 1 << 20, NULL, "how far a client may fall behind", false},
+    {"backlog", "BYTES", 0, &opt.backlog, 4096, 1 << 28, 1 << 20, NULL, "how far a client may fall behind", false},
     {"trust-proxy", "CIDR", 0, NULL, 0, 0, 0, http_trust, "proxy whose X-Forwarded-For counts; repeatable", false},
     {"ping", "SECONDS", 0, &opt.ping_s, 1, 86400, 25, NULL, "silence before a ping; three and it is gone", false},
     {"timeout", "SECONDS", 0, &opt.timeout_s, 1, 3600, 10, NULL, "time for a whole HTTP request", false},
@@ -2650,7 +2668,10 @@ static void options_read(int argc, char **argv) {
         char name[40];
         int n = snprintf(name, sizeof name, "XCHAT_%s", o->name);
         for (int i = 0; i < n; i++) name[i] = name[i] == '-' ? '_' : name[i] >= 'a' ? (char)(name[i] - 32) : name[i];
-        if (getenv(name) != NULL && !o->given && o->arg != NULL) option_set(o, getenv(name));
+        const char *value = getenv(name);
+        bool flag = o->take == take_verbose;   /* set by any value but 0 */
+        if (value == NULL || o->given || (o->arg == NULL && (!flag || strcmp(value, "0") == 0))) continue;
+        option_set(o, flag ? NULL : value);
     }
 }
 
@@ -2686,38 +2707,11 @@ static void listen_on(const char *spec) {
     if (why != NULL) die("--bind %s, --port %u: %s", spec != NULL ? spec : "(all)", opt.port, why);
 }
 
-static void on_signal(int number) {
-    int saved = errno;
-    (void)number;
-    if (mains.signals++ > 0) _exit(1);
-    if (write(mains.signal_fd, "x", 1) < 0) _exit(1);
-    errno = saved;
-}
-
-static ssize_t signal_feed(struct conn *c, char *p, size_t n) {
-    (void)p;
-    log_info("stopping");
-    loop_stop();
-    conn_lost(c, "done");
-    return (ssize_t)n;
-}
-
-static const struct proto signal_proto = {.name = "signal", .feed = signal_feed};
-
-static void signals_init(void) {
-    struct sigaction act = {.sa_handler = on_signal}, ignore = {.sa_handler = SIG_IGN};
-    int pair[2];
-    if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) != 0 || fd_prepare(pair[0]) != 0 || fd_prepare(pair[1]) != 0)
-        die("socketpair: %s", strerror(errno));
-    mains.signal_fd = pair[1];
-    conn_new(pair[0], &signal_proto, NULL);
-    sigaction(SIGTERM, &act, NULL);
-    sigaction(SIGINT, &act, NULL);
-    sigaction(SIGPIPE, &ignore, NULL);
-    sigaction(SIGHUP, &ignore, NULL);
-}
-
 int main(int argc, char **argv) {
+    struct sigaction stop = {.sa_handler = loop_signal}, ignore = {.sa_handler = SIG_IGN};
+    int fd = open("/dev/null", O_RDWR);   /* if stderr is closed, no socket must take its place */
+    while (fd >= 0 && fd < 3) fd = open("/dev/null", O_RDWR);
+    close(fd);
     memory_init();
     clock_read();
     options_read(argc, argv);
@@ -2727,13 +2721,14 @@ int main(int argc, char **argv) {
     rooms.by_name.key = room_key;
     loop.flush = rooms_flush;
     page_init();
-    signals_init();
+    sigaction(SIGTERM, &stop, NULL);
+    sigaction(SIGINT, &stop, NULL);
+    sigaction(SIGPIPE, &ignore, NULL);
+    sigaction(SIGHUP, &ignore, NULL);
     if (mains.n_binds == 0) listen_on(NULL);
     for (uint32_t i = 0; i < mains.n_binds; i++) listen_on(mains.binds[i]);
-    chat_init(loop.conn[1]->peer.port);
+    chat_init(loop.conn[0]->peer.port);
     loop_run();
-    for (uint32_t i = 0; i < mains.n_binds; i++)
-        if (slice_starts(slice_of(mains.binds[i]), S("unix:"))) unlink(mains.binds[i] + 5);
     log_info("stopped");
     return 0;
 }

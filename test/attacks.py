@@ -501,7 +501,8 @@ HANDSHAKES = [  # lines, statuses
     ("keep-alive, Upgrade", upgrade(connection="keep-alive, Upgrade"), 101),
     ("upgrade in small letters", upgrade(connection="upgrade", upgrade="WebSocket"), 101),
     ("Upgrade with commas and tabs", upgrade(connection=" ,\tUPGRADE ,"), 101),
-    ("Connection in two lines", upgrade(connection="keep-alive") + ["Connection: Upgrade"], 101, 400),  # rare
+    ("Connection in two lines", upgrade(connection="keep-alive") + ["Connection: Upgrade"], 101),
+    ("Connection in two lines, turned", upgrade() + ["Connection: keep-alive"], 101),
     ("Upgraded", upgrade(connection="Upgraded"), 200, 400),
     ("no Connection", upgrade(connection=None), 200, 400),
     ("no Upgrade", upgrade(upgrade=None), 200, 400),

@@ -5,11 +5,12 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import tempfile
 import threading
 import time
 
-from harness import (PING, SLOW, TEXT, UPGRADE, Bystander, Http, Server, Skip, Stream, Ws,
+from harness import (PING, SLOW, TEXT, UPGRADE, XCHAT, Bystander, Http, Server, Skip, Stream, Ws,
                      answer_and_end, case, check, close_frame, expect_nothing, frame, get, instrumented,
                      join, main, new_room, run, until)
 
@@ -26,7 +27,7 @@ NUMBERS = [  # option, default, least, most
     ("--rate", 50, 0, 1000000),
     ("--burst", 100, 1, 1000000),
     ("--max-rooms", 65536, 1, 1 << 24),
-    ("--backlog", 1048576, 4096, 1 << 30),
+    ("--backlog", 1048576, 4096, 1 << 28),
     ("--ping", 25, 1, 86400),
     ("--timeout", 10, 1, 3600),
 ]
@@ -774,6 +775,24 @@ def forwarded_for_of_an_earlier_request(s):
     stream.send(get("/health"))
     check(stream.answer().status == 200)
     s.wait_log(r"192\.0\.2\.7:0: GET /health(.|\n)*127\.0\.0\.1:\d+: GET /health")
+
+
+@case()
+def stderr_is_closed():
+    """Without a stderr, no client's socket may become descriptor 2 and get the log."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", XCHAT, "-v", "--bind", f"127.0.0.1:{port}"])
+    try:
+        def answers():
+            with socket.socket() as client:
+                return client.connect_ex(("127.0.0.1", port)) == 0
+        until(answers, "it does not listen")
+        check(os.readlink(f"/proc/{server.pid}/fd/2") == "/dev/null", "descriptor 2 is something else")
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @case()
