@@ -1060,6 +1060,19 @@ static void test_rooms_memory(void) {
     check_empty();
 }
 
+/* What was said in the round of the signal is sent before the goodbye. */
+static void test_rooms_stop(void) {
+    struct conn *c = person(0, SIZE_MAX);
+    join("r", c);
+    say("r", "last words", NULL);
+    loop_stop();
+    loop_settle();
+    check_text("the last it hears", heard(&wires[0].out, 0), S("last words|(1001)"));
+    loop.stop_ms = 0;
+    wire_close(c);
+    check_empty();
+}
+
 static void test_rooms_except(void) {
     struct conn *c[] = {person(0, 3), person(1, SIZE_MAX)};
     struct member *m = join("r", c[0]);
@@ -1388,7 +1401,7 @@ static const struct {
     TEST(json), TEST(json_wrong), TEST(json_depth), TEST(json_pick), TEST(json_text),
     TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(cidr), TEST(callers),
     TEST(http), TEST(forwarded), TEST(frames), TEST(frame_sizes),
-    TEST(rooms_memory), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
+    TEST(rooms_memory), TEST(rooms_stop), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
     TEST(too_slow_to_go), TEST(rate), TEST(silence), TEST(option_ranges), TEST(option_forms),
 };
 
