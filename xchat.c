@@ -13,6 +13,7 @@
  *      3. Tables              one hash table, for rooms, clients, addresses
  *      4. The loop            connections around one poll(2): read, write, close
  *      5. HTTP and WebSocket  request heads, the upgrade, frames, close codes
+ *      6. History             files of lines: nothing that was seen is lost
  *      7. Rooms               a room is a log, a member is a cursor in it
  *      9. Chat                login, say, logout: the protocol people know
  *     12. Page                the built-in web client, one HTML file
@@ -25,8 +26,10 @@
  *     cut into frames     ws_feed         unmask, check UTF-8: one text message
  *     understand          chat_message    check the rate, pick fields out of the JSON
  *     answer              chat_say        HTML-escape, write one JSON object
- *     append, once        room_publish    one encoded frame, to the room's log
+ *     keep                room_say        a line of history, with an id
  *        ... other ready sockets have their turn in this round ...
+ *     store               history_commit  one write() a room, to its file
+ *     append, once        room_publish    one encoded frame, to the room's log
  *     send                room_flush      one send() a member, from its cursor to the
  *                         conn_flush      end of the log, however much has come
  *
@@ -42,8 +45,10 @@
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
+#define _FILE_OFFSET_BITS 64   /* files over 2 GB on 32-bit machines */
 #include <arpa/inet.h>
 #include <assert.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
@@ -88,8 +93,8 @@ static void memory_init(void) {}
  * the others only read them. */
 static struct {
     uint32_t port, max_message, max_head, max_clients, max_per_address, max_rooms;
-    uint32_t rate, burst, backlog, ping_s, timeout_s;
-    bool verbose;
+    uint32_t rate, burst, backlog, ping_s, timeout_s, retain, segment, fsync, verbose;
+    const char *data;
 } opt;
 
 /* Limits that nobody has asked to change yet. */
@@ -98,7 +103,14 @@ enum {
     ROOMS_PER_CLIENT = 64,
     JSON_DEPTH = 32,          /* arrays and objects inside each other */
     FRAGMENTS_MAX = 10000,    /* frames that make up one message */
-    READ_BYTES = 65536,       /* read from one connection in one round */
+    READ_BYTES = 65536,       /* read from one connection in one round, or from a file */
+    HISTORY_MAX = 200,        /* messages in one answer... */
+    HISTORY_BYTES = 262144,   /* ...and bytes, unless one message is longer */
+    REPLAY_BYTES = 32768,     /* in one piece of a longer one, about; at most twice that */
+    MEMORY_BYTES = 32768,     /* of history kept for a room without --data... */
+    IDLE_LOGS = 1024,         /* ...and for how many empty rooms */
+    LINE_MAX_BYTES = 7 << 24, /* of history: an escaped message, whatever --max-message */
+    FILE_NAME_BYTES = 200,    /* file systems take 255 */
     REFUSED_MAX = 8,          /* connections beyond a limit that get an answer, at a time */
     OUT_HIGH = 65536,         /* who has more unread answers is not read from */
     TICK_MS = 1000,           /* how often deadlines are looked at */
@@ -342,7 +354,7 @@ static bool utf8_valid(slice s) {
  * PHP clients know no types: json_text() turns numbers, true and null into text as
  * PHP would.
  *
- * Owns: nothing. Calls: 1 Bytes. Called by: 9 Chat.
+ * Owns: nothing. Calls: 1 Bytes. Called by: 6 History, 9 Chat.
  * Promises: never reads outside the text, never recurses.
  */
 
@@ -654,10 +666,10 @@ static void html_escape(struct buf *b, slice s, bool breaks) {
  * keyed with random bytes. A cryptographic one is not fast, but looking up is rare.
  *
  * Owns: the key of the hash. Calls: 1 Bytes.
- * Called by: 5 HTTP and WebSocket, 7 Rooms, 9 Chat.
+ * Called by: 5 HTTP and WebSocket, 6 History, 7 Rooms, 9 Chat.
  */
 
-enum { TABLE_KEY_MAX = ROOM_MAX_BYTES };
+enum { TABLE_KEY_MAX = 6 + ROOM_MAX_BYTES };   /* "rooms/" and a name */
 
 static struct {
     unsigned char secret[16];
@@ -778,7 +790,8 @@ struct proto {
     void (*tick)(struct conn *c);                              /* a second has passed */
     void (*closed)(struct conn *c);                            /* it ends: leave, queue last words */
     void (*freed)(struct conn *c);                             /* its descriptor is closed */
-    slice (*peek)(struct conn *c);                             /* what to send when `out` is empty */
+    void (*refill)(struct conn *c);                            /* `out` is empty: queue more of it */
+    slice (*peek)(struct conn *c);                             /* what to send when there is no more */
     void (*sent)(struct conn *c, size_t n);                    /* n bytes of that went out */
 };
 
@@ -935,10 +948,12 @@ static bool conn_write(struct conn *c, slice s, size_t *written) {
     return !c->blocked && !c->lost;
 }
 
-/* Sends what there is: the private queue, then what the protocol lends. */
+/* Sends what there is: the private queue, with all that the protocol adds to it, then
+ * what the protocol lends. */
 static void conn_flush(struct conn *c) {
     bool more = !c->blocked && !c->lost && !c->fin_sent;
     while (more) {
+        if (c->out.len == 0 && c->proto->refill != NULL) c->proto->refill(c);
         bool private = c->out.len > 0;
         slice s = private ? buf_slice(&c->out) : c->proto->peek != NULL ? c->proto->peek(c) : S("");
         if (s.len == 0) return;
@@ -1634,6 +1649,484 @@ static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
 }
 
 /* ==========================================================================
+ * 6. History
+ * ==========================================================================
+ *
+ * Who was away wants to read what was said, and what anybody has seen must not be
+ * forgotten, not even by a server that is killed. So each room has a log of lines, one
+ * JSON object each, just as they were sent; a position in it counts all bytes ever said:
+ *
+ *     DIR/rooms/lobby/0000000000000000.log    {"type":"say", ... "id":"9f0c33a1-00000000000000b4"}
+ *                                             {"type":"say", ... "id":"9f0c33a1-0000000000000173"}
+ *                     0000000000100043.log    {"type":"say", ... "id":"9f0c33a1-0000000000100102"}
+ *
+ * A file is named by the position of its first byte. The id of a message is a random
+ * number, the epoch of its log, and the position just BEHIND its line. So to find
+ * everything since an id is to read from there on; and a line says itself where it
+ * belongs: one that does not is damaged, and skipped. Nothing else is stored.
+ *
+ * What was said in a round is written by one pwrite() at its end, before anybody is
+ * sent it. If that fails, nothing was said, and the file is cut back. A crash can leave
+ * one torn line at the end: it is cut off when the log is opened again.
+ *
+ * A file is open only while it is read or written, so a thousand rooms need no
+ * descriptors, and one that somebody has deleted is noticed. Without --data the newest
+ * lines of each room are kept in memory, and all else is the same.
+ *
+ * Owns: the files in --data, the logs. Calls: 1 Bytes, 2 JSON, 3 Tables.
+ * Called by: 7 Rooms, 9 Chat, 13 Main.
+ * Promises: what history_commit() has confirmed survives kill -9; with --fsync, the
+ * loss of power too.
+ */
+
+enum { ID_BYTES = 25 };            /* 8 hex digits, '-', 16 hex digits */
+
+struct history {
+    uint64_t base, end;            /* positions of what is kept */
+    int64_t epoch;                 /* -1: not known yet */
+    struct buf lines;              /* said in this round, to be written */
+    struct buf tail;               /* without --data: the bytes from base to end */
+    uint64_t *segment;             /* with it: the positions where files begin */
+    size_t segments;
+    bool torn;                     /* the last file may have more bytes than it should */
+    bool failing, damaged;         /* said so in the log */
+    struct history *older, *newer; /* among those not in use, without --data */
+    uint8_t key_len;
+    char key[];                    /* "rooms/" or "users/", and a name */
+};
+
+static struct {
+    int dir_fd;                        /* of --data, or -1 */
+    struct table logs;
+    struct history *oldest, *newest;   /* not in use, without --data */
+    size_t idle;
+    uint32_t epoch;                    /* without --data: part of that of all logs... */
+    uint64_t forgotten;                /* ...so a new one begins behind all that are gone */
+    const struct history *window_of;   /* the bytes read last: of this log... */
+    uint64_t window_at;                /* ...from this position on */
+    slice window;                      /* in `block`, or in the log's tail */
+    struct buf block;
+} histories;
+
+static slice history_key(const void *item) {
+    const struct history *h = item;
+    return (slice){h->key, h->key_len};
+}
+
+static void history_id(uint32_t epoch, uint64_t position, char id[ID_BYTES + 1]) {
+    snprintf(id, ID_BYTES + 1, "%08x-%016llx", (unsigned)epoch, (unsigned long long)position);
+}
+
+/* The id of the newest message. */
+static void history_newest(const struct history *h, char id[ID_BYTES + 1]) {
+    history_id((uint32_t)h->epoch, h->end, id);
+}
+
+/* 16 hex digits; -1 for anything else, and for what no file can be as long as. */
+static int64_t history_number(slice s) {
+    int64_t high = s.len == 16 ? slice_number(slice_take(s, 8), 16) : -1;
+    int64_t low = s.len == 16 ? slice_number(slice_cut(s, 8), 16) : -1;
+    return high < 0 || high > INT32_MAX || low < 0 ? -1 : high << 32 | low;
+}
+
+/* ---- Files. ---- */
+
+struct path {
+    char text[480];
+};
+
+/* The path of the room's directory, or of a file in it. Letters, digits, '-' and '_'
+ * stand for themselves, all else is %XX, so that no name leads out. One too long for
+ * a file system is replaced by its hash. */
+static struct path history_path(const struct history *h, const char *file) {
+    unsigned char hash[SHA256_DIGEST_LENGTH];
+    struct path path;
+    slice name = history_key(h), space = slice_split(&name, '/');
+    size_t start = (size_t)snprintf(path.text, sizeof path.text, "%.*s/", F(space)), n = start;
+    for (size_t i = 0; i < name.len; i++) {
+        char c = name.p[i];
+        const char *format = is_alnum(c) || c == '-' || c == '_' ? "%c" : "%%%02X";
+        n += (size_t)snprintf(path.text + n, sizeof path.text - n, format, (unsigned char)c);
+    }
+    if (n - start > FILE_NAME_BYTES) {
+        SHA256((const unsigned char *)name.p, name.len, hash);
+        n = start + (size_t)snprintf(path.text + start, 3, "%%%%");
+        for (size_t i = 0; i < sizeof hash; i++) n += (size_t)snprintf(path.text + n, 3, "%02x", hash[i]);
+    }
+    snprintf(path.text + n, sizeof path.text - n, "%s%s", *file != '\0' ? "/" : "", file);
+    return path;
+}
+
+/* The path of the file that begins at this position. */
+static struct path history_file_path(const struct history *h, uint64_t start) {
+    char file[32];
+    snprintf(file, sizeof file, "%016llx.log", (unsigned long long)start);
+    return history_path(h, file);
+}
+
+static int history_openat(struct path path, int flags) {
+    return openat(histories.dir_fd, path.text, flags | O_CLOEXEC, 0640);
+}
+
+/* Forgets the n oldest files. */
+static void history_drop(struct history *h, size_t n) {
+    h->segments -= n;
+    memmove(h->segment, h->segment + n, h->segments * sizeof *h->segment);
+    h->base = h->segments > 0 ? h->segment[0] : h->end;
+}
+
+/* Which file holds the byte at this position. */
+static size_t history_file(const struct history *h, uint64_t at) {
+    size_t i = h->segments;
+    while (i > 1 && h->segment[i - 1] > at) i--;
+    return i - 1;
+}
+
+/* A file is not what it should be: what is left is what is newer. */
+static void history_lose(struct history *h, uint64_t at) {
+    size_t i = history_file(h, at);
+    log_warn("%s is gone, or too short: it and what is older is left out", history_file_path(h, h->segment[i]).text);
+    history_drop(h, i + 1);
+}
+
+/* Reads the bytes from `from` to `to`, which are in one file, into the window. */
+static bool history_load(const struct history *h, uint64_t from, uint64_t to) {
+    size_t n = (size_t)(to - from);
+    histories.window_of = h;
+    if (histories.dir_fd < 0) {
+        histories.window_at = h->base;
+        histories.window = buf_slice(&h->tail);
+        return true;
+    }
+    uint64_t start = h->segment[history_file(h, from)];
+    int fd = history_openat(history_file_path(h, start), O_RDONLY);
+    if (histories.block.cap > READ_BYTES) buf_free(&histories.block);   /* a long line was in it */
+    char *p = buf_room(&histories.block, n);
+    ssize_t got = fd >= 0 ? pread(fd, p, n, (off_t)(from - start)) : -1;
+    if (fd >= 0) close(fd);
+    histories.window_at = from;
+    histories.window = (slice){p, got == (ssize_t)n ? n : 0};
+    return got == (ssize_t)n;
+}
+
+/* Finds the line that begins at a position, or if `back` the one that ends there, with
+ * its line end. It lasts until the next call. What is longer than any line comes in
+ * pieces. False: it cannot be read, and is left out from now on. */
+static bool history_line(struct history *h, uint64_t at, bool back, slice *line) {
+    bool files = histories.dir_fd >= 0;
+    size_t i = files ? history_file(h, back ? at - 1 : at) : 0;
+    uint64_t low = files ? h->segment[i] : h->base, high = i + 1 < h->segments ? h->segment[i + 1] : h->end;
+    for (size_t want = READ_BYTES;;) {
+        slice w = histories.window;
+        bool in = histories.window_of == h && (at > histories.window_at || (!back && at == histories.window_at)) &&
+                  at <= histories.window_at + w.len;
+        size_t split = in ? (size_t)(at - histories.window_at) : 0, n = 0;
+        w = !in ? S("") : back ? slice_take(w, split) : slice_cut(w, split);
+        if (back) while (n < w.len && (n == 0 || w.p[w.len - 1 - n] != '\n')) n++;
+        else while (n < w.len && (n == 0 || w.p[n - 1] != '\n')) n++;
+        bool whole = back ? n < w.len || at - n == low : n > 0 && w.p[n - 1] == '\n';
+        *line = (slice){back ? w.p + w.len - n : w.p, n};
+        if (whole || n >= LINE_MAX_BYTES) return true;
+        while (want <= n) want *= 2;
+        uint64_t from = !back ? at : at - low > want ? at - want : low;
+        uint64_t to = back ? at : high - at > want ? at + want : high;
+        if (to - from > n && history_load(h, from, to)) continue;
+        history_lose(h, from);
+        return false;
+    }
+}
+
+/* Is this a message of ours, which ends at this position? */
+static bool history_whole(struct history *h, slice line, uint64_t end) {
+    struct json_field id = {.name = "id"};
+    char wanted[ID_BYTES + 1];
+    size_t where;
+    if (json_pick(line, &id, 1, &where) == NULL && id.raw.p != NULL && id.raw.len == ID_BYTES + 2) {
+        int64_t epoch = slice_number((slice){id.raw.p + 1, 8}, 16);
+        history_id((uint32_t)(h->epoch < 0 ? epoch : h->epoch), end, wanted);
+        bool ours = epoch >= 0 && json_is(id.raw, wanted);
+        if (ours) h->epoch = epoch;
+        if (ours) return true;
+    }
+    if (!h->damaged) log_warn("%.*s: damaged lines are left out; one ends at byte %llu of its history",
+                              F(history_key(h)), (unsigned long long)end);
+    h->damaged = true;
+    return false;
+}
+
+/* ---- Opening. ---- */
+
+static int history_compare(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+static void history_add_file(struct history *h, uint64_t start) {
+    h->segment = xrealloc(h->segment, (h->segments + 1) * sizeof *h->segment);
+    h->segment[h->segments++] = start;
+    if (h->segments == 1) h->base = start;
+}
+
+/* Finds the files of a room, oldest first. */
+static void history_find(struct history *h) {
+    int fd = history_openat(history_path(h, ""), O_RDONLY | O_DIRECTORY);
+    DIR *dir = fd >= 0 ? fdopendir(fd) : NULL;
+    for (struct dirent *e; dir != NULL && (e = readdir(dir)) != NULL;) {
+        slice name = slice_of(e->d_name);
+        int64_t start = name.len == 20 ? history_number(slice_take(name, 16)) : -1;
+        if (start < 0) continue;
+        struct path path = history_file_path(h, (uint64_t)start);
+        if (slice_eq(slice_of(strrchr(path.text, '/') + 1), name)) history_add_file(h, (uint64_t)start);
+    }
+    if (dir != NULL) closedir(dir);
+    if (h->segments > 0) qsort(h->segment, h->segments, sizeof *h->segment, history_compare);
+}
+
+/* Finds where the log begins and ends: from the last gap to the last line end. */
+static void history_measure(struct history *h) {
+    struct stat st;
+    slice line;
+    for (size_t i = 0; i < h->segments; i++) {
+        uint64_t start = h->segment[i];
+        bool ok = fstatat(histories.dir_fd, history_file_path(h, start).text, &st, 0) == 0 && S_ISREG(st.st_mode);
+        if (!ok) st.st_size = 0;
+        h->end = start + (uint64_t)st.st_size;
+        if (i + 1 == h->segments || h->end >= h->segment[i + 1]) continue;
+        history_lose(h, start);
+        i = (size_t)-1;   /* look at the others again */
+    }
+    uint64_t start = h->segments > 0 ? h->segment[h->segments - 1] : 0, end = h->end;
+    h->base = h->segments > 0 ? h->segment[0] : 0;
+    while (h->end > start && history_line(h, h->end, true, &line) && line.p[line.len - 1] != '\n') h->end -= line.len;
+    if (h->end == end) return;
+    histories.window_of = NULL;   /* it has bytes that go */
+    struct path path = history_file_path(h, start);
+    log_warn("%s: %llu bytes of a torn last line cut off", path.text, (unsigned long long)(end - h->end));
+    int fd = history_openat(path, O_WRONLY);
+    if (fd < 0 || ftruncate(fd, (off_t)(h->end - start)) != 0) log_warn("%s: %s", path.text, strerror(errno));
+    if (fd >= 0) close(fd);
+}
+
+/* Finds the newest message before a position: moves *at to where its line begins, which
+ * lasts as history_line() says. False: there is none. */
+static bool history_before(struct history *h, uint64_t *at, slice *line) {
+    while (*at > h->base && history_line(h, *at, true, line)) {
+        *at -= line->len;
+        if (!history_whole(h, *line, *at + line->len)) continue;
+        line->len--;   /* its line end */
+        return true;
+    }
+    return false;
+}
+
+/* Finds the oldest message between two positions, and moves *at behind it. False:
+ * there is none; if *at is not `upto` then, something has got lost. */
+static bool history_next(struct history *h, uint64_t *at, uint64_t upto, slice *line) {
+    while (*at >= h->base && *at < upto && history_line(h, *at, false, line)) {
+        *at += line->len;
+        if (!history_whole(h, *line, *at)) continue;
+        line->len--;
+        return true;
+    }
+    return false;
+}
+
+/* Takes a log in memory out of those that are not in use, or puts it there. */
+static void history_idle(struct history *h, bool idle) {
+    if (!idle) {
+        *(h->older != NULL ? &h->older->newer : &histories.oldest) = h->newer;
+        *(h->newer != NULL ? &h->newer->older : &histories.newest) = h->older;
+    }
+    h->older = idle ? histories.newest : NULL;
+    h->newer = NULL;
+    if (idle) *(h->older != NULL ? &h->older->newer : &histories.oldest) = h, histories.newest = h;
+    histories.idle = idle ? histories.idle + 1 : histories.idle - 1;
+}
+
+/* The log of "rooms/" or "users/" and a name: found, opened or made. It is the caller's
+ * until history_close(). */
+static struct history *history_open(slice key) {
+    struct history *h = table_find(&histories.logs, key);
+    unsigned char hash[SHA256_DIGEST_LENGTH];
+    uint32_t epoch;
+    slice line;
+    if (h != NULL) return history_idle(h, false), h;
+    SHA256((const unsigned char *)key.p, key.len, hash);   /* the ids of two rooms are not alike */
+    memcpy(&epoch, hash, sizeof epoch);
+    epoch ^= histories.epoch;
+    h = xcalloc(sizeof *h + key.len);
+    h->key_len = (uint8_t)key.len;
+    memcpy(h->key, key.p, key.len);
+    h->base = h->end = histories.forgotten;
+    h->epoch = -1;
+    table_add(&histories.logs, h);
+    if (histories.dir_fd >= 0) {
+        history_find(h);
+        history_measure(h);
+        for (uint64_t at = h->end; h->epoch < 0 && history_before(h, &at, &line);) continue;
+        if (RAND_bytes((unsigned char *)&epoch, sizeof epoch) != 1) die("no random bytes");
+    }
+    if (h->epoch < 0) h->epoch = epoch;
+    return h;
+}
+
+static void history_free(struct history *h) {
+    if (histories.dir_fd < 0 && h->end > histories.forgotten) histories.forgotten = h->end;
+    if (histories.window_of == h) histories.window_of = NULL;
+    table_remove(&histories.logs, history_key(h));
+    buf_free(&h->lines);
+    buf_free(&h->tail);
+    free(h->segment);
+    free(h);
+}
+
+/* The room is empty. Files stay; of the logs in memory those used last do. */
+static void history_close(struct history *h) {
+    if (histories.dir_fd >= 0 || h->tail.len == 0) {
+        history_free(h);
+        return;
+    }
+    history_idle(h, true);
+    if (histories.idle <= IDLE_LOGS) return;
+    h = histories.oldest;
+    history_idle(h, false);
+    history_free(h);
+}
+
+/* ---- Writing. ---- */
+
+/* Queues a line for this round's write. The text must not hold a line end; its id is
+ * written into it at `id`, where there are ID_BYTES. */
+static void history_add(struct history *h, slice text, char *id) {
+    char again[ID_BYTES + 1];
+    history_id((uint32_t)h->epoch, h->end + h->lines.len + text.len + 1, again);
+    memcpy(id, again, ID_BYTES);
+    buf_add(&h->lines, text);
+    buf_addc(&h->lines, '\n');
+}
+
+/* Makes the entries of a directory survive the loss of power. */
+static bool history_sync(struct path dir) {
+    int fd = opt.fsync ? history_openat(dir, O_RDONLY | O_DIRECTORY) : -1;
+    bool ok = !opt.fsync || (fd >= 0 && fsync(fd) == 0);
+    if (fd >= 0) close(fd);
+    return ok;
+}
+
+/* Begins a new file at the end of the log. Returns it, or -1. */
+static int history_create(struct history *h) {
+    struct path dir = history_path(h, ""), spaces = dir;
+    if (mkdirat(histories.dir_fd, dir.text, 0750) != 0 && errno != EEXIST) return -1;
+    int fd = history_openat(history_file_path(h, h->end), O_WRONLY | O_CREAT | O_TRUNC);
+    *strchr(spaces.text, '/') = '\0';
+    if (fd < 0 || (history_sync(dir) && history_sync(spaces))) {
+        if (fd >= 0) history_add_file(h, h->end);
+        return fd;
+    }
+    close(fd);
+    return -1;
+}
+
+/* Opens the file that is to be appended to, and makes sure it ends where it should.
+ * Returns it, or -1. */
+static int history_open_last(struct history *h) {
+    uint64_t start = h->segments > 0 ? h->segment[h->segments - 1] : h->end;
+    off_t size = (off_t)(h->end - start);
+    struct stat st;
+    if (h->segments == 0 || h->end - start >= opt.segment) return history_create(h);
+    int fd = history_openat(history_file_path(h, start), O_WRONLY);
+    if (fd < 0 && errno != ENOENT) return -1;
+    if (fd >= 0 && fstat(fd, &st) == 0 && st.st_size >= size) {
+        if (st.st_size == size || ftruncate(fd, size) == 0) return fd;
+        close(fd);
+        return -1;
+    }
+    if (fd >= 0) close(fd);
+    history_lose(h, start);
+    return history_create(h);
+}
+
+static bool history_write(struct history *h) {
+    int fd = history_open_last(h);
+    if (fd < 0) return false;
+    off_t at = (off_t)(h->end - h->segment[h->segments - 1]);
+    slice lines = buf_slice(&h->lines);
+    ssize_t n = pwrite(fd, lines.p, lines.len, at);
+    int error = n >= 0 ? ENOSPC : errno;   /* which is what a short write means */
+    bool ok = n == (ssize_t)lines.len;
+    if (ok && opt.fsync && fdatasync(fd) != 0) ok = false, error = errno;
+    if (!ok && ftruncate(fd, at) != 0) log_warn("%.*s: ftruncate: %s", F(history_key(h)), strerror(errno));
+    close(fd);
+    errno = error;
+    return ok;
+}
+
+/* Stores what was queued. The queue itself is left to the caller, until
+ * history_forget(). False: nothing of it was stored. */
+static bool history_commit(struct history *h) {
+    bool ok = h->lines.len == 0 || histories.dir_fd < 0 || history_write(h);
+    if (!ok && !h->failing) log_warn("--data: %.*s: cannot be stored: %s", F(history_key(h)), strerror(errno));
+    if (ok && h->failing && h->lines.len > 0) log_info("--data: %.*s: is stored again", F(history_key(h)));
+    if (h->lines.len > 0) h->failing = !ok;
+    if (!ok || h->lines.len == 0) return ok;
+    h->end += h->lines.len;
+    if (histories.window_of == h && histories.dir_fd < 0) histories.window_of = NULL;
+    if (histories.dir_fd < 0) buf_add(&h->tail, buf_slice(&h->lines));
+    while (h->tail.len > MEMORY_BYTES) {
+        slice tail = buf_slice(&h->tail), line = slice_split(&tail, '\n');
+        if (tail.len == 0) break;   /* the newest is kept whatever its length */
+        buf_drop(&h->tail, line.len + 1);
+        h->base += line.len + 1;
+    }
+    while (h->segments > 1 && h->end - h->segment[1] >= opt.retain) {
+        unlinkat(histories.dir_fd, history_file_path(h, h->segment[0]).text, 0);
+        history_drop(h, 1);
+    }
+    return true;
+}
+
+static void history_forget(struct history *h) { buf_free(&h->lines); }
+
+/* The position in an id, or -1 if this log cannot go on from there. */
+static int64_t history_position(struct history *h, slice id) {
+    char again[ID_BYTES + 1];
+    slice line;
+    int64_t at = id.len == ID_BYTES ? history_number(slice_cut(id, 9)) : -1;
+    if (at < 0) return -1;
+    /* Who saw no message yet has missed nothing that is not here. The epoch of a log
+     * without any message is not kept. */
+    if (at == 0 && h->base == 0 && histories.dir_fd >= 0) return 0;
+    history_id((uint32_t)h->epoch, (uint64_t)at, again);
+    if (!slice_eq(id, slice_of(again)) || (uint64_t)at < h->base || (uint64_t)at > h->end) return -1;
+    if ((uint64_t)at == h->base || (uint64_t)at == h->end) return at;
+    return history_line(h, (uint64_t)at - 1, false, &line) && line.len == 1 ? at : -1;   /* a line end? */
+}
+
+/* Opens the data directory, unless `dir` is NULL, for this server alone. */
+static void history_init(const char *dir) {
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET}, holder = lock;
+    histories.logs.key = history_key;
+    histories.dir_fd = -1;
+    if (RAND_bytes((unsigned char *)&histories.epoch, sizeof histories.epoch) != 1) die("no random bytes");
+    if (dir == NULL) return;
+    if (mkdir(dir, 0750) != 0 && errno != EEXIST) die("--data %s: %s", dir, strerror(errno));
+    histories.dir_fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int fd = histories.dir_fd < 0 ? -1 : history_openat((struct path){"lock"}, O_RDWR | O_CREAT);
+    if (fd < 0) die("--data %s: %s", dir, strerror(errno));
+    if (fcntl(fd, F_SETLK, &lock) != 0) {
+        bool known = fcntl(fd, F_GETLK, &holder) == 0 && holder.l_type != F_UNLCK;
+        die("--data %s: another server uses it (process %ld)", dir, known ? (long)holder.l_pid : -1L);
+    }
+    for (const char **space = (const char *[]){"rooms", "users", NULL}; *space != NULL; space++) {
+        bool made = mkdirat(histories.dir_fd, *space, 0750) == 0 || errno == EEXIST;
+        fd = made ? openat(histories.dir_fd, *space, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+        if (fd < 0) die("--data %s/%s: %s", dir, *space, strerror(errno));
+        close(fd);
+    }
+    if (opt.fsync && fsync(histories.dir_fd) != 0) die("--data %s: %s", dir, strerror(errno));
+}
+
+/* ==========================================================================
  * 7. Rooms
  * ==========================================================================
  *
@@ -1661,29 +2154,42 @@ static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
  * But TCP may take half a frame, and nothing may come between its halves: then the
  * other half is moved to the private queue, and the cursor stands between frames again.
  *
- * A client may be in several rooms, with one member, one cursor, for each.
+ * What is to be remembered is a line of history first (chapter 6). At the end of the
+ * round it is stored, and only then is it a frame in the log, which may be sent. If it
+ * cannot be stored, its author is told, and nobody has seen it.
+ *
+ * A member who was away begins in the past: it is sent the history up to the moment
+ * when it came, piece by piece as it reads, and then the log from that moment on. So
+ * nothing is missed and nothing comes twice, whatever is said meanwhile.
+ *
+ * A client may be in several rooms, with one member, one cursor, for each. Private
+ * messages to a user are a room too, in a name space of its own: the user's inbox, in
+ * which all connections of the user are, and nobody else.
  *
  * Owns: the rooms, their logs, who is in which.
- * Calls: 1 Bytes, 3 Tables, 4 The loop, 5 HTTP and WebSocket.
+ * Calls: 1 Bytes, 3 Tables, 4 The loop, 5 HTTP and WebSocket, 6 History.
  * Called by: 9 Chat, 13 Main.
  * Promises: all members of a room see the same messages in the same order.
  */
 
 struct room {
+    struct history *past;         /* what was said here */
     struct buf log;               /* encoded frames */
     uint64_t end;                 /* its end, counted from the first byte ever said here */
     uint64_t flushed;             /* what `end` was when members were last sent to */
     struct member *first, *last;  /* in order of joining */
     struct room *next_grown;
     bool grown;                   /* is in rooms.grown */
-    uint8_t name_len;
-    char name[];
+    uint8_t key_len;
+    char key[];                   /* "rooms/" or "users/", and a name */
 };
 
 struct member {
     struct conn *c;
     struct room *room;
     uint64_t cursor;              /* sent up to here, on the scale of room->end */
+    uint64_t replay, upto;        /* while `replaying`, what it is sent first: positions... */
+    bool replaying;               /* ...in the history of the room */
     struct member *prev, *next;   /* in the room */
     struct member *also;          /* the same client's place in another room */
 };
@@ -1691,12 +2197,15 @@ struct member {
 static struct {
     struct table by_name;
     struct room *grown;           /* have something to send, or nobody to send to */
+    void (*unsaid)(slice text);   /* chapter 9's: this could not be stored */
 } rooms;
 
 static slice room_key(const void *item) {
     const struct room *r = item;
-    return (slice){r->name, r->name_len};
+    return (slice){r->key, r->key_len};
 }
+
+static slice room_name(const struct room *r) { return slice_cut(room_key(r), 6); }
 
 /* What this member was not sent yet. */
 static slice member_unread(const struct member *m) {
@@ -1734,13 +2243,6 @@ static void room_sent(struct conn *c, size_t n) {
     if (m->cursor == m->room->end && m->room->flushed == m->room->end) room_touch(m->room);
 }
 
-/* Puts what is unread into the client's own queue. */
-static void member_settle(struct member *m) {
-    buf_add(&m->c->out, member_unread(m));
-    m->cursor = m->room->end;
-    conn_touch(m->c);
-}
-
 /* Drops what every member was sent. An empty log gives its memory back. */
 static void room_trim(struct room *r) {
     uint64_t least = r->end;
@@ -1754,22 +2256,6 @@ static void room_flush(struct room *r) {
     for (struct member *m = r->first; m != NULL; m = m->next) conn_flush(m->c);
     r->flushed = r->end;
     room_trim(r);
-}
-
-/* The loop calls this in every round; true if there was something to do. */
-static bool rooms_flush(void) {
-    bool any = rooms.grown != NULL;
-    while (rooms.grown != NULL) {
-        struct room *r = rooms.grown;
-        rooms.grown = r->next_grown;
-        r->grown = false;
-        room_flush(r);
-        if (r->first != NULL) continue;
-        table_remove(&rooms.by_name, room_key(r));
-        buf_free(&r->log);
-        free(r);
-    }
-    return any;
 }
 
 /* Makes room for `need` bytes in the log. If a lot has come in this round everybody is
@@ -1787,27 +2273,86 @@ static void room_make_room(struct room *r, size_t need) {
     room_trim(r);
 }
 
-/* Says a text in a room: one frame, appended once. This is the one way to speak to a
- * room. `except`, if not NULL, is a member who does not get it. */
-static void room_publish(struct room *r, slice text, struct member *except) {
-    if (except != NULL) member_settle(except);
+static void room_append(struct room *r, slice text) {
     room_make_room(r, text.len + 10);
     size_t before = r->log.len;
     ws_append(&r->log, WS_TEXT, text);
     r->end += r->log.len - before;
-    if (except != NULL) except->cursor = r->end;
     room_touch(r);
 }
 
-/* The room of this name, made if need be; NULL when there are --max-rooms. It lasts
- * until the end of a round in which nobody is in it. */
-static struct room *room_open(slice name) {
-    struct room *r = table_find(&rooms.by_name, name);
+/* Stores what was said since the last time, and then puts it into the log. False: it
+ * was not stored, and the authors were told. */
+static bool room_commit(struct room *r) {
+    bool ok = history_commit(r->past);
+    for (slice rest = buf_slice(&r->past->lines); rest.len > 0;) {
+        slice line = slice_split(&rest, '\n');
+        if (ok) room_append(r, line);
+        else rooms.unsaid(line);
+    }
+    history_forget(r->past);
+    return ok;
+}
+
+/* The loop calls this in every round; true if there was something to do. */
+static bool rooms_flush(void) {
+    bool any = rooms.grown != NULL;
+    while (rooms.grown != NULL) {
+        struct room *r = rooms.grown;
+        rooms.grown = r->next_grown;
+        room_commit(r);
+        r->grown = false;
+        room_flush(r);
+        if (r->first != NULL) continue;
+        table_remove(&rooms.by_name, room_key(r));
+        history_close(r->past);
+        buf_free(&r->log);
+        free(r);
+    }
+    return any;
+}
+
+/* Says a text in a room, to be remembered: everybody in it is sent it once it is
+ * stored. Its id is written into it at `id`, where there are ID_BYTES. */
+static void room_say(struct room *r, slice text, char *id) {
+    history_add(r->past, text, id);
+    if (r->past->lines.len > opt.backlog / 4) room_commit(r);
+    room_touch(r);
+}
+
+/* Puts what is unread into the client's own queue. Who is still being sent the past
+ * will find it there: what else it was has no meaning for one who comes again or goes. */
+static void member_settle(struct member *m) {
+    if (m->replaying) m->upto = m->room->past->end;
+    else buf_add(&m->c->out, member_unread(m));
+    m->cursor = m->room->end;
+    conn_touch(m->c);
+}
+
+/* Says a text that only matters now: one frame, appended once. `except`, if not NULL,
+ * is a member who does not get it. */
+static void room_publish(struct room *r, slice text, struct member *except) {
+    room_commit(r);
+    if (except != NULL) member_settle(except);
+    room_append(r, text);
+    if (except != NULL) except->cursor = r->end;
+}
+
+/* The room of this name, made if need be; NULL when there are --max-rooms. `space` is
+ * "rooms/", or "users/" for an inbox. It lasts until the end of a round in which nobody
+ * is in it. */
+static struct room *room_open(slice space, slice name) {
+    char text[TABLE_KEY_MAX];
+    slice key = {text, space.len + name.len};
+    assert(name.len <= ROOM_MAX_BYTES && space.len == 6);
+    memcpy(text, space.p, space.len);
+    memcpy(text + space.len, name.p, name.len);
+    struct room *r = table_find(&rooms.by_name, key);
     if (r != NULL || rooms.by_name.n >= opt.max_rooms) return r;
-    assert(name.len <= ROOM_MAX_BYTES);
-    r = xcalloc(sizeof *r + name.len);
-    r->name_len = (uint8_t)name.len;
-    memcpy(r->name, name.p, name.len);
+    r = xcalloc(sizeof *r + key.len);
+    r->key_len = (uint8_t)key.len;
+    memcpy(r->key, key.p, key.len);
+    r->past = history_open(key);
     table_add(&rooms.by_name, r);
     room_touch(r);
     return r;
@@ -1820,6 +2365,7 @@ static struct member *room_join(struct room *r, struct conn *c) {
     struct member **at = &c->joined;
     for (; *at != NULL; at = &(*at)->also) n++;
     if (n >= ROOMS_PER_CLIENT) return NULL;
+    room_commit(r);
     struct member *m = *at = xcalloc(sizeof *m);
     *m = (struct member){.c = c, .room = r, .cursor = r->end, .prev = r->last};
     *(r->last != NULL ? &r->last->next : &r->first) = m;
@@ -1827,11 +2373,20 @@ static struct member *room_join(struct room *r, struct conn *c) {
     return m;
 }
 
+/* Has a member sent the history from this position on, before all else. */
+static void member_replay(struct member *m, uint64_t at) {
+    m->replaying = true;
+    m->replay = at;
+    m->upto = m->room->past->end;
+    conn_touch(m->c);
+}
+
 /* Takes a client out of a room, and frees its place. What was said before is still
- * sent to it, unless its connection is closing. */
+ * sent to it, unless its connection is closing, or it was still in the past. */
 static void room_leave(struct member *m) {
     struct room *r = m->room;
     struct member **at = &m->c->joined;
+    room_commit(r);
     if (!m->c->closing) member_settle(m);
     while (*at != m) at = &(*at)->also;
     *at = m->also;
@@ -1848,16 +2403,22 @@ static void room_leave(struct member *m) {
  * What people see: names, rooms, messages. Each WebSocket text is one JSON object:
  *
  *     client --> server                         server --> client
- *     login   client_name, room_id              login   client_id, client_name, time
- *     say     to_client_id, to_client_name,             (and client_list: it is you)
- *             content                           say     from_client_id, content, ...
+ *     login   client_name, room_id,             login   client_id, client_name, time
+ *             since or history                          (and client_list: it is you)
+ *     say     to_client_id or to_uid,           say     from_client_id, content, ...
+ *             to_client_name, content                   and an id, if it is kept
+ *     history before, count                     history messages, more
  *     logout                                    logout  from_client_id, ...
  *     ping, pong                                ping, pong; error   code, message
  *
  * Logging in, in this order: those in the room hear `login`; the client joins; it gets
  * the same with a client_list, from which it learns its own id. What it says to "all"
- * comes back to it through the room, like to everybody: so it knows that it was heard.
- * A `ref` of its own choice comes back with it.
+ * comes back to it through the room, like to everybody: so it knows that it was heard,
+ * and stored. A `ref` of its own choice comes back with it.
+ *
+ * Who comes back logs in with `since`, the last id it has seen, and gets what it missed
+ * before anything new. If part of that has been dropped, it is told so, and gets all
+ * there is.
  *
  * client_id is 20 hex digits, which clients use as an HTML id:
  *
@@ -1879,6 +2440,8 @@ struct client {
     struct ws ws;           /* must be first */
     struct conn *c;
     struct member *seat;    /* in the room it speaks in; NULL before login */
+    struct member *inbox;   /* its place in its user's inbox, or NULL */
+    char *uid;              /* the user it has proved to be, owned, or NULL; set before login */
     char *name;             /* HTML, owned; NULL before login */
     int64_t filled_ms;      /* when tokens were last added */
     int32_t tokens;         /* thousandths of messages it may send now: chat_allow() */
@@ -1887,7 +2450,10 @@ struct client {
 };
 
 /* The fields we look at; chat_message() has their names in the same order. */
-enum field { TYPE, REF, CLIENT_NAME, ROOM_ID, TO_CLIENT_ID, TO_CLIENT_NAME, CONTENT, FIELDS };
+enum field {
+    TYPE, REF, CLIENT_NAME, ROOM_ID, TO_CLIENT_ID, TO_UID, TO_CLIENT_NAME, CONTENT,
+    SINCE, INBOX_SINCE, HISTORY, BEFORE, COUNT, FIELDS
+};
 
 static struct {
     struct table clients;          /* by id */
@@ -1932,17 +2498,28 @@ static void chat_add_from(const struct client *cl, const char *id_name, const ch
 
 static void chat_add_time(void) { json_add(&chat.json, "time", slice_of(now.text)); }
 
-/* Tells the client what was wrong with its message. Returns false, for its callers. */
+/* Tells a client what was wrong with the message of this ref. Not in chat.json, where
+ * another answer may be half written. */
+static void chat_refuse(struct client *cl, const char *code, slice message, slice ref) {
+    struct buf json = {0};
+    buf_add(&json, S("{\"type\":\"error\""));
+    json_add(&json, "code", slice_of(code));
+    json_add(&json, "message", message);
+    if (ref.len > 0) json_name(&json, "ref");
+    buf_add(&json, ref);
+    buf_addc(&json, '}');
+    ws_text(cl->c, buf_slice(&json));
+    buf_free(&json);
+}
+
+/* The same for the message at hand. Returns false, for its callers. */
 PRINTF(3, 4) static bool chat_error(struct client *cl, const char *code, const char *format, ...) {
     char message[200];
     va_list args;
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
-    chat_begin(S("error"));
-    json_add(&chat.json, "code", slice_of(code));
-    json_add(&chat.json, "message", slice_of(message));
-    ws_text(cl->c, chat_end_ref());
+    chat_refuse(cl, code, slice_of(message), chat.ref);
     return false;
 }
 
@@ -1959,6 +2536,134 @@ static bool chat_field(struct client *cl, enum field field, struct buf *b, size_
     return true;
 }
 
+/* A field that holds a number from `min` to HISTORY_MAX; `missing` if there is none.
+ * False after an error. */
+static bool chat_count(struct client *cl, enum field field, int64_t min, int64_t missing, int64_t *count) {
+    slice raw = chat.f[field].raw;
+    *count = raw.p != NULL ? slice_number(raw, 10) : missing;
+    if (raw.p == NULL || (*count >= min && *count <= HISTORY_MAX)) return true;
+    return chat_error(cl, "bad_field", "%s must be a number from %d to %d", chat.f[field].name, (int)min, HISTORY_MAX);
+}
+
+/* ---- The past. Lines of history go out as they are, some in one message. ---- */
+
+static void past_begin(struct buf *b, const struct room *r) {
+    bool inbox = slice_starts(room_key(r), S("users/"));
+    buf_add(b, S("{\"type\":\"history\""));
+    json_add(b, inbox ? "to_uid" : "room_id", room_name(r));
+    buf_add(b, S(",\"messages\":["));
+}
+
+static void past_add(struct buf *b, slice line) {
+    if (b->p[b->off + b->len - 1] != '[') buf_addc(b, ',');
+    buf_add(b, line);
+}
+
+static void past_end(struct buf *b, bool more) { buf_add(b, more ? S("],\"more\":true") : S("],\"more\":false")); }
+
+/* `refill` of the chat: the next piece of what a client has missed. Live messages wait
+ * in the room's log until it has got the last one. */
+static void chat_refill(struct conn *c) {
+    struct member *m = c->joined;
+    struct buf json = {0};
+    bool more = true;
+    slice line;
+    while (m != NULL && !m->replaying) m = m->also;
+    if (m == NULL || c->closing) return;
+    past_begin(&json, m->room);
+    size_t empty = json.len;
+    uint64_t at = m->replay;
+    while (json.len < REPLAY_BYTES && (more = history_next(m->room->past, &at, m->upto, &line))) {
+        if (json.len > empty && json.len + line.len > 2 * REPLAY_BYTES) break;
+        past_add(&json, line);
+        m->replay = at;
+    }
+    if (!more) m->replay = at;   /* behind what was damaged */
+    if (!more && at != m->upto) ws_close(c, WS_TRY_AGAIN, "the history it was sent is gone");
+    m->replaying = m->replay < m->upto && !c->closing;
+    past_end(&json, m->replaying);
+    buf_addc(&json, '}');
+    if (!c->closing) ws_append(&c->out, WS_TEXT, buf_slice(&json));
+    buf_free(&json);
+}
+
+/* Sends the newest `count` messages before a position, in one message. */
+static void chat_send_last(struct client *cl, uint64_t before, int64_t count, bool asked) {
+    const struct room *r = cl->seat->room;
+    struct buf lines = {0}, json = {0};   /* the newest first, as they are found */
+    size_t len[HISTORY_MAX], n = 0;
+    slice line;
+    bool more;
+    while ((more = history_before(r->past, &before, &line)) && n < (size_t)count &&
+           (n == 0 || lines.len + line.len <= HISTORY_BYTES)) {
+        buf_add(&lines, line);
+        len[n++] = line.len;
+    }
+    past_begin(&json, r);
+    for (size_t end = lines.len; n-- > 0;) {
+        end -= len[n];
+        past_add(&json, slice_take(slice_cut(buf_slice(&lines), end), len[n]));
+    }
+    past_end(&json, more);
+    if (asked && chat.ref.len > 0) json_name(&json, "ref");
+    if (asked) buf_add(&json, chat.ref);
+    buf_addc(&json, '}');
+    ws_text(cl->c, buf_slice(&json));
+    buf_free(&lines);
+    buf_free(&json);
+}
+
+/* The position of the id in a field; -1 if it is none of this room. */
+static int64_t past_position(const struct room *r, enum field field) {
+    slice raw = chat.f[field].raw;
+    return raw.p != NULL && *raw.p == '"' ? history_position(r->past, json_inside(raw)) : -1;
+}
+
+/* Adds the newest id of a room to the answer to a login and, if the client named the
+ * last one it knows in `since`, whether all behind that is there. */
+static void past_add_newest(const struct room *r, enum field since, const char *id_name, const char *recovered) {
+    char id[ID_BYTES + 1];
+    history_newest(r->past, id);
+    json_add(&chat.json, id_name, slice_of(id));
+    if (chat.f[since].raw.p == NULL) return;
+    json_name(&chat.json, recovered);
+    buf_add(&chat.json, past_position(r, since) >= 0 ? S("true") : S("false"));
+}
+
+/* Has the client sent what is behind that id, or all there is. */
+static void past_resume(struct member *m, enum field since) {
+    int64_t at = past_position(m->room, since);
+    if (chat.f[since].raw.p != NULL) member_replay(m, at >= 0 ? (uint64_t)at : m->room->past->base);
+}
+
+/* A page of the past was asked for. */
+static bool chat_history(struct client *cl) {
+    int64_t count;
+    slice line;
+    if (cl->seat == NULL) return chat_error(cl, "not_logged_in", "history needs a login first");
+    if (!chat_count(cl, COUNT, 1, 50, &count)) return false;
+    struct room *r = cl->seat->room;
+    room_commit(r);
+    bool from_end = chat.f[BEFORE].raw.p == NULL;
+    int64_t at = from_end ? (int64_t)r->past->end : past_position(r, BEFORE);
+    if (at < 0) return chat_error(cl, "bad_field", "before must be the id of a message of this room");
+    uint64_t before = (uint64_t)at;
+    if (!from_end) history_before(r->past, &before, &line);   /* an id stands behind its message */
+    chat_send_last(cl, before, count, true);
+    return true;
+}
+
+/* `unsaid` of the rooms: tells the author of a message that it was not stored. */
+static void chat_unsaid(slice text) {
+    struct json_field f[] = {{.name = "from_client_id"}, {.name = "ref"}};
+    size_t at;
+    const char *why = json_pick(text, f, 2, &at);
+    struct client *cl = why == NULL && f[0].raw.p != NULL ? client_find(json_inside(f[0].raw)) : NULL;
+    if (cl == NULL) return;
+    chat_refuse(cl, "storage", S("the message could not be stored, and nobody got it"),
+                f[1].raw.p != NULL ? f[1].raw : S(""));
+}
+
 /* ---- Rooms. ---- */
 
 /* Leaves the room; the others hear of it. */
@@ -1973,14 +2678,19 @@ static void chat_leave(struct client *cl) {
 }
 
 /* Tells the room, and then the client itself, who it is; enters the room between the
- * two, unless it is there already. */
-static void chat_enter(struct client *cl, struct room *r) {
+ * two, unless it is there already. `newest` messages of the past follow, or what it has
+ * missed since an id that it named; -1: nothing was asked for. */
+static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
+    struct room *inbox = cl->uid != NULL ? room_open(S("users/"), slice_of(cl->uid)) : NULL;
+    if (inbox != NULL && cl->inbox == NULL) cl->inbox = room_join(inbox, cl->c);
     chat_begin(S("login"));
     chat_add_from(cl, "client_id", "client_name");
     chat_add_time();
     room_publish(r, chat_end(), cl->seat);
     if (cl->seat == NULL) cl->seat = room_join(r, cl->c);
     chat.json.len--;   /* open the object again: now the copy for the client */
+    past_add_newest(r, SINCE, "id", "recovered");
+    if (cl->inbox != NULL) past_add_newest(cl->inbox->room, INBOX_SINCE, "inbox_id", "inbox_recovered");
     json_name(&chat.json, "client_list");
     buf_addc(&chat.json, '{');
     for (struct member *m = r->first; m != NULL; m = m->next) {
@@ -1989,15 +2699,22 @@ static void chat_enter(struct client *cl, struct room *r) {
     }
     buf_addc(&chat.json, '}');
     ws_text(cl->c, chat_end_ref());
+    past_resume(cl->seat, SINCE);
+    if (cl->inbox != NULL) past_resume(cl->inbox, INBOX_SINCE);
+    if (newest < 0 || chat.f[SINCE].raw.p != NULL) return;
+    cl->seat->replaying = false;   /* it no longer wants what it asked for before */
+    chat_send_last(cl, r->past->end, newest, false);
 }
 
 static bool chat_login(struct client *cl) {
     if (!chat_field(cl, CLIENT_NAME, &chat.name, NAME_MAX_BYTES)) return false;
     if (!chat_field(cl, ROOM_ID, &chat.text, ROOM_MAX_BYTES)) return false;
+    int64_t newest;
+    if (!chat_count(cl, HISTORY, 0, -1, &newest)) return false;
     slice room = buf_slice(&chat.text);
     if (room.len == 0 || slice_eq(room, S("0")))
         return chat_error(cl, "bad_field", "room_id must name a room, and not be empty or 0");
-    struct room *r = room_open(room);
+    struct room *r = room_open(S("rooms/"), room);
     if (r == NULL) return chat_error(cl, "limit", "there are already %u rooms (--max-rooms)", opt.max_rooms);
     if (cl->seat != NULL && cl->seat->room != r) chat_leave(cl);
     buf_clear(&chat.html);
@@ -2005,7 +2722,7 @@ static bool chat_login(struct client *cl) {
     buf_addc(&chat.html, '\0');
     cl->name = xrealloc(cl->name, chat.html.len);
     memcpy(cl->name, buf_slice(&chat.html).p, chat.html.len);
-    chat_enter(cl, r);
+    chat_enter(cl, r, newest);
     return true;
 }
 
@@ -2019,49 +2736,84 @@ static bool chat_logout(struct client *cl) {
 
 /* ---- Messages. ---- */
 
-/* Writes a `say`, up to the time; `heading` is HTML that stands before the content. */
-static void chat_write_say(const struct client *cl, slice to, slice heading) {
+/* Writes a `say`, up to the time. `to` is the value of the field `to_name`; `heading` is
+ * HTML that stands before the content. */
+static void chat_write_say(const struct client *cl, const char *to_name, slice to, slice heading) {
     struct buf *html = &chat.html;
     buf_clear(html);
     buf_add(html, heading);
     html_escape(html, buf_slice(&chat.text), true);
     chat_begin(S("say"));
     chat_add_from(cl, "from_client_id", "from_client_name");
-    json_add(&chat.json, "to_client_id", to);
+    if (cl->uid != NULL) json_add(&chat.json, "from_uid", slice_of(cl->uid));
+    json_add(&chat.json, to_name, to);
     json_add(&chat.json, "content", buf_slice(html));
     chat_add_time();
 }
 
-/* To one client. Both sides get a copy, with the heading that pages have always shown:
- * "says to you", and "you say to ...". */
-static bool chat_whisper(struct client *cl) {
+/* Says what chat_write_say() wrote in a room, to be remembered. */
+static void chat_publish(struct room *r) {
+    json_add(&chat.json, "id", S("00000000-0000000000000000"));   /* room_say() knows it */
+    size_t id = chat.json.len - 1 - ID_BYTES;
+    slice text = chat_end_ref();
+    room_say(r, text, chat.json.p + chat.json.off + id);
+}
+
+/* What was said in private is shown to both sides, with the heading that pages have
+ * always shown: "says to you", and "you say to ...". This is the sender's copy. */
+static const slice says_to_you = {"<b>\xe5\xaf\xb9\xe4\xbd\xa0\xe8\xaf\xb4: </b>", 18};
+
+static void chat_echo(struct client *cl, const char *to_name, slice to, const char *id) {
     struct buf heading = {0};
+    buf_add(&heading, S("<b>\xe4\xbd\xa0\xe5\xaf\xb9"));
+    html_escape(&heading, buf_slice(&chat.name), false);
+    buf_add(&heading, S("\xe8\xaf\xb4: </b>"));
+    chat_write_say(cl, to_name, to, buf_slice(&heading));
+    if (id != NULL) json_add(&chat.json, "id", slice_of(id));
+    ws_text(cl->c, chat_end_ref());
+    buf_free(&heading);
+}
+
+/* To one client, now. */
+static bool chat_whisper(struct client *cl) {
     buf_clear(&chat.text);
     json_text(chat.f[TO_CLIENT_ID].raw, &chat.text);
     struct client *to = client_find(buf_slice(&chat.text));
     if (to == NULL || to->c->closing)
         return chat_error(cl, "no_such_client", "to_client_id: nobody of that id is here");
     if (!chat_field(cl, TO_CLIENT_NAME, &chat.name, 0) || !chat_field(cl, CONTENT, &chat.text, 0)) return false;
-    chat_write_say(cl, client_key(to), S("<b>\xe5\xaf\xb9\xe4\xbd\xa0\xe8\xaf\xb4: </b>"));
+    chat_write_say(cl, "to_client_id", client_key(to), says_to_you);
     ws_text(to->c, chat_end());
-    buf_add(&heading, S("<b>\xe4\xbd\xa0\xe5\xaf\xb9"));
-    html_escape(&heading, buf_slice(&chat.name), false);
-    buf_add(&heading, S("\xe8\xaf\xb4: </b>"));
-    chat_write_say(cl, client_key(to), buf_slice(&heading));
-    buf_free(&heading);
-    ws_text(cl->c, chat_end_ref());
+    chat_echo(cl, "to_client_id", client_key(to), NULL);
+    return true;
+}
+
+/* To a user: to all connections of the user, and to those that come later. */
+static bool chat_letter(struct client *cl) {
+    char id[ID_BYTES + 1];
+    if (!chat_field(cl, TO_UID, &chat.text, ROOM_MAX_BYTES)) return false;
+    if (chat.text.len == 0) return chat_error(cl, "bad_field", "to_uid must name a user");
+    struct room *inbox = room_open(S("users/"), buf_slice(&chat.text));
+    if (inbox == NULL) return chat_error(cl, "limit", "there are already %u rooms (--max-rooms)", opt.max_rooms);
+    if (!chat_field(cl, TO_CLIENT_NAME, &chat.name, 0) || !chat_field(cl, CONTENT, &chat.text, 0)) return false;
+    chat_write_say(cl, "to_uid", room_name(inbox), says_to_you);
+    chat_publish(inbox);
+    if (!room_commit(inbox)) return false;
+    history_newest(inbox->past, id);
+    chat_echo(cl, "to_uid", room_name(inbox), id);
     return true;
 }
 
 static bool chat_say(struct client *cl) {
     slice to = chat.f[TO_CLIENT_ID].raw;
     if (cl->seat == NULL) return chat_error(cl, "not_logged_in", "say needs a login first");
+    if (to.p == NULL && chat.f[TO_UID].raw.p != NULL) return chat_letter(cl);
     if (to.p == NULL || *to.p != '"')
         return chat_error(cl, "bad_field", "to_client_id must be \"all\" or the id of a client, in quotes");
     if (!json_is(to, "all")) return chat_whisper(cl);
     if (!chat_field(cl, CONTENT, &chat.text, 0)) return false;
-    chat_write_say(cl, S("all"), S(""));
-    room_publish(cl->seat->room, chat_end_ref(), NULL);
+    chat_write_say(cl, "to_client_id", S("all"), S(""));
+    chat_publish(cl->seat->room);
     return true;
 }
 
@@ -2081,7 +2833,8 @@ static bool chat_allow(struct client *cl) {
 
 static void chat_message(struct conn *c, slice text) {
     static const char *const names[FIELDS] = {
-        "type", "ref", "client_name", "room_id", "to_client_id", "to_client_name", "content",
+        "type", "ref", "client_name", "room_id", "to_client_id", "to_uid", "to_client_name", "content",
+        "since", "inbox_since", "history", "before", "count",
     };
     struct client *cl = c->state;
     size_t at;
@@ -2097,9 +2850,11 @@ static void chat_message(struct conn *c, slice text) {
     else if (!ref_ok) chat_error(cl, "bad_field", "ref must be text of at most %d bytes", REF_MAX_BYTES);
     else if (json_is(type, "say")) chat_say(cl);
     else if (json_is(type, "login")) chat_login(cl);
+    else if (json_is(type, "history")) chat_history(cl);
     else if (json_is(type, "logout")) chat_logout(cl);
     else if (json_is(type, "ping")) chat_begin(S("pong")), ws_text(c, chat_end_ref());
-    else if (!json_is(type, "pong")) chat_error(cl, "bad_type", "type must be one of login, say, logout, ping, pong");
+    else if (!json_is(type, "pong"))
+        chat_error(cl, "bad_type", "type must be one of login, say, history, logout, ping, pong");
 }
 
 /* ---- The life of a client. ---- */
@@ -2121,8 +2876,10 @@ static void chat_tick(struct conn *c) {
 static void chat_closed(struct conn *c) {
     struct client *cl = c->state;
     if (cl->seat != NULL) chat_leave(cl);
+    while (c->joined != NULL) room_leave(c->joined);
     table_remove(&chat.clients, client_key(cl));
     ws_end(c);
+    free(cl->uid);
     free(cl->name);
     free(cl);
     c->state = NULL;
@@ -2130,7 +2887,7 @@ static void chat_closed(struct conn *c) {
 
 static const struct proto chat_proto = {
     .name = "chat", .feed = ws_feed, .message = chat_message, .tick = chat_tick, .closed = chat_closed,
-    .freed = http_freed, .peek = room_peek, .sent = room_sent,
+    .freed = http_freed, .refill = chat_refill, .peek = room_peek, .sent = room_sent,
 };
 
 /* `upgraded` of the chat's site: this connection is a client from now on. */
@@ -2201,7 +2958,7 @@ static const char *const page_lines[] = {
     ".line { width: fit-content; max-width: min(85%, 42rem); margin-bottom: .6rem; padding: .4rem",
     "  .9rem .5rem; border-radius: .3rem 1rem 1rem; box-shadow: 0 1px 2px #0002 }",
     ".own { margin-left: auto; background: var(--own); border-radius: 1rem .3rem 1rem 1rem }",
-    ".private { background: var(--private) } .pending { opacity: .6 }",
+    ".private { background: var(--private) } .pending { opacity: .6; outline: 1px dashed }",
     ".text { white-space: pre-wrap; unicode-bidi: plaintext } time { white-space: nowrap }",
     ".head, .system, #to { font-size: .85rem; color: var(--soft) }",
     ".head > * { margin-right: .6rem } .head > bdi, summary { font-weight: 600 }",
@@ -2253,22 +3010,27 @@ static const char *const page_lines[] = {
     "  'Messages': '消息', 'Connecting...': '正在连接…', 'connection lost': '连接断开',",
     "  'Offline: your text is kept.': '离线，文字会保留',",
     "  'Connection closed: ': '连接被服务器关闭：', 'too long': '太长了',",
-    "  'has left': '对方已经离开', 'too fast': '说得太快了',",
+    "  'has left': '对方已经离开', 'too fast': '说得太快了', 'cannot be saved': '服务器无法保存',",
+    "  'Some messages are gone.': '有些消息已经丢失',",
     "};",
-    "const PLAIN = { too_long: 'too long', no_such_client: 'has left', rate_limited: 'too fast' };",
+    "const PLAIN = { too_long: 'too long', no_such_client: 'has left', rate_limited: 'too fast',",
+    "  storage: 'cannot be saved' };",
     "const zh = /^zh/i.test(navigator.language), t = text => zh && ZH[text] || text;",
     "const $ = id => document.getElementById(id);",
-    "const clock = new Intl.DateTimeFormat(navigator.language, { timeStyle: 'short' });",
+    "const [clock, calendar] = [undefined, 'medium'].map(dateStyle =>",
+    "  new Intl.DateTimeFormat(navigator.language, { dateStyle, timeStyle: 'short' }));",
     "const ALL = { id: 'all', name: 'all' }, MAX_LINES = 500, ROOMS = ['1', '2', '3', '4'];",
     "const wide = matchMedia('(min-width: 701px)');",
     "const NO_RETRY = [1002, 1003, 1007, 1009, 4001];   // our fault, or thrown out: stay away",
     "const CHARS = { amp: 38, lt: 60, gt: 62, quot: 34, '#039': 39 };",
     "let ws, timer, heard, tries = 0;      // connection, next attempt, last word, attempts so far",
-    "let ready = false, since, me;         // logged in, since when, our client id",
-    "let want, here, log, to = ALL;        // { name, room } asked for, granted; its log; the ear",
-    "let shift = 0, atEnd = true, lastTop = 0, unread = 0;",
-    "const pending = new Map();            // ref -> { line, text, to }: said, not yet heard back",
-    "const members = new Map(), logs = new Map();       // client id -> list item, room -> log",
+    "let ready = false, start, me;         // in a room and up to date, since when, our client id",
+    "let want, asked, here, to = ALL;      // { name, room } wished, asked for, granted; the ear",
+    "// A room's log: its lines; pending: ref -> { line, to, d }, said and not yet heard back;",
+    "// last: the id to resume from; more: whether there are older ones than those on the page.",
+    "const newLog = () => ({ box: make('div', ''), pending: new Map() });",
+    "let log = newLog(), older = '', shift = 0, atEnd = true, lastTop = 0, unread = 0;",
+    "const members = new Map(), logs = new Map(), mine = new Set();   // by id, by room, own ids",
     "let store = {};                       // where storage is forbidden nothing is remembered",
     "try { store = localStorage; } catch (e) { /* as said */ }",
     "// Text: what people write becomes text nodes, never markup.",
@@ -2295,23 +3057,29 @@ static const char *const page_lines[] = {
     "}",
     "// The wire has the server's local time and no zone; login sets shift, the way to our clock.",
     "function parse(time) { return Date.parse(time.replace(' ', 'T') + 'Z'); }",
-    "function stamp(time) {",
-    "  const when = new Date(time ? parse(time) + shift : Date.now());",
-    "  const title = when.toLocaleString();",
-    "  return Object.assign(make('time', '', clock.format(when)), { title });",
+    "function stamp(time) {                // with the date, unless it is today's",
+    "  const when = new Date(time ? parse(time) + shift : Date.now()), day = when.toDateString();",
+    "  const text = (day === new Date().toDateString() ? clock : calendar).format(when);",
+    "  return Object.assign(make('time', '', text), { title: when.toLocaleString() });",
     "}",
     "// The log of a room.",
     "function follow() {                   // one layout a frame, however many lines came",
-    "  requestAnimationFrame(() => { if (atEnd) $('talk').scrollTop = $('talk').scrollHeight; });",
+    "  const box = $('talk');",
+    "  requestAnimationFrame(() => { if (atEnd) box.scrollTop = box.scrollHeight; lookBack(); });",
+    "}",
+    "function lookBack() {                 // near the top: ask for older ones, once at a time",
+    "  const before = log.box.querySelector('[data-id]')?.dataset.id, n = log.box.children.length;",
+    "  if (!ready || !log.more || older || n > 9 * MAX_LINES || $('talk').scrollTop > 300) return;",
+    "  post({ type: 'history', before, ref: older = newRef() });",
     "}",
     "function addLine(line) {              // what is not confirmed yet stays below the rest",
-    "  const next = pending.values().next().value;",
-    "  log.insertBefore(line, next && next.line.parentNode === log ? next.line : null);",
-    "  while (log.childElementCount > MAX_LINES) log.firstChild.remove();",
+    "  const kids = log.box.children, most = (atEnd ? 1 : 10) * MAX_LINES;     // room to look back",
+    "  log.box.insertBefore(line, log.pending.values().next().value?.line);",
+    "  for (; kids.length > most; log.more = true) kids[0].remove();",
     "  follow();",
     "}",
     "function system(text, time) {         // of a crowd coming or going only five lines stay",
-    "  const run = [...log.children].slice(-5);",
+    "  const run = [...log.box.children].slice(-5);",
     "  if (run.length === 5 && run.every(e => e.className === 'system')) run[0].remove();",
     "  addLine(make('p', 'system', ...text, ' ', stamp(time)));",
     "}",
@@ -2321,12 +3089,29 @@ static const char *const page_lines[] = {
     "  const body = make('p', 'text', ...linked(text));",
     "  return make('article', 'line ' + kind + (note && ' private'), head, body);",
     "}",
+    "function render(d, quiet) {           // a `say`; a quiet one is not read out",
+    "  const id = d.to_client_id, name = members.get(id)?.textContent || '';",
+    "  // Private content starts with <b>who speaks to whom: </b>; the bubble has its own way.",
+    "  const html = id === 'all' ? d.content : d.content.replace(/^<b>[^<]*<[/]b>/, '');",
+    "  const from = decode(d.from_client_name), kind = mine.has(d.from_client_id) ? 'own' : '';",
+    "  const line = bubble(kind, from, { id, name }, stamp(d.time), decode(html));",
+    "  if (quiet) line.ariaLive = 'off';",
+    "  if (d.id) line.dataset.id = d.id;",
+    "  return line;",
+    "}",
+    "function show(d, quiet) {             // what comes again is shown once, where it comes now",
+    "  const again = log.box.querySelector(`[data-id='${d.id}']`), said = log.pending.get(d.ref);",
+    "  again?.remove(); said?.line.remove(); log.pending.delete(d.ref);",
+    "  addLine(render(d, quiet));",
+    "  if (d.id) log.last = here.id = d.id;",
+    "  if (document.hidden && !quiet && !mine.has(d.from_client_id)) setUnread(unread + 1);",
+    "}",
     "function fail(ref, why) {",
-    "  const { line, text, to } = pending.get(ref);",
+    "  const { line, to, d } = log.pending.get(ref);",
     "  const again = button(() => {        // to the same ear: private words must not slip out",
-    "    line.remove(); choose(to, [$('text').value, text].filter(Boolean).join('\\n'));",
+    "    line.remove(); choose(to, [$('text').value, d.content].filter(Boolean).join('\\n'));",
     "  }, t('Edit again'));",
-    "  pending.delete(ref); line.classList.remove('pending');",
+    "  log.pending.delete(ref); line.classList.remove('pending'); line.ariaLive = 'polite';",
     "  line.append(make('p', 'why', t('Not sent: '), why, ' ', again));",
     "  follow();",
     "}",
@@ -2352,9 +3137,9 @@ static const char *const page_lines[] = {
     "  return make('li', '', b);",
     "}",
     "function enter(room) {",
-    "  log = logs.get(room) || make('div', '');",
-    "  log.setAttribute('role', 'log');    // screen readers read out what is added",
-    "  logs.set(room, log); $('talk').replaceChildren(log); atEnd = true; follow();",
+    "  log = logs.get(room) || newLog();",
+    "  log.box.role = 'log';               // screen readers read out what is added",
+    "  logs.set(room, log); $('talk').replaceChildren(log.box); atEnd = true; follow();",
     "  const rooms = [...new Set([...ROOMS, ...logs.keys()])].map(roomItem);",
     "  const other = make('li', '', button(() => ask(''), t('Other room...')));",
     "  $('rooms').replaceChildren(...rooms, other);",
@@ -2378,11 +3163,12 @@ static const char *const page_lines[] = {
     "  $('text').value = text; $('text').focus(); fold();",
     "}",
     "function say() {",
-    "  const text = $('text').value, ref = newRef();",
-    "  if (!ready || !text.trim()) return;",
-    "  const line = bubble('own pending', here.name, to, stamp(), text);",
-    "  log.append(line); pending.set(ref, { line, text, to });",
-    "  post({ type: 'say', to_client_id: to.id, to_client_name: to.name, content: text, ref });",
+    "  const content = $('text').value, ref = newRef();",
+    "  if (!ready || asked || !content.trim()) return;",
+    "  const line = bubble('own pending', here.name, to, stamp(), content);",
+    "  const d = { type: 'say', to_client_id: to.id, to_client_name: to.name, content, ref };",
+    "  line.ariaLive = 'off';              // it is read out when it is confirmed",
+    "  log.box.append(line); log.pending.set(ref, { line, to, d }); post(d);",
     "  $('text').value = ''; atEnd = true; follow();",
     "}",
     "// The connection.",
@@ -2392,13 +3178,15 @@ static const char *const page_lines[] = {
     "  ready = !text; $('status').textContent = text;",
     "  $('retry').hidden = !retry; $('send').disabled = !ready;",
     "}",
-    "function login() {                    // the place for what a resume will need",
-    "  want.ref = newRef();",
-    "  post({ type: 'login', client_name: want.name, room_id: want.room, ref: want.ref });",
+    "function login() {                    // one at a time: what comes then belongs to its room",
+    "  if (asked) return;",
+    "  asked = Object.assign(want, { ref: newRef(), since: logs.get(want.room)?.last });",
+    "  const { name, room, ref, since } = asked;        // history counts only without since",
+    "  post({ type: 'login', client_name: name, room_id: room, ref, since, history: 50 });",
     "}",
     "function connect() {",
     "  if (ws && ws.readyState < 2) return;",
-    "  clearTimeout(timer); setStatus(t('Connecting...')); heard = Date.now();",
+    "  clearTimeout(timer); asked = null; setStatus(t('Connecting...')); heard = Date.now();",
     "  ws = new WebSocket(location.href.replace(/^http/, 'ws').replace(/[?#].*/, ''));",
     "  ws.onopen = login; ws.onclose = lost;",
     "  ws.onmessage = e => {",
@@ -2408,10 +3196,11 @@ static const char *const page_lines[] = {
     "  };",
     "}",
     "function lost(e) {",
-    "  if (ready && Date.now() - since > 10000) tries = 0;",
-    "  for (const ref of pending.keys()) fail(ref, t('connection lost'));",
-    "  if (NO_RETRY.includes(e.code))",
-    "    return setStatus(t('Connection closed: ') + (e.reason || e.code), true);",
+    "  const stay = NO_RETRY.includes(e.code);",
+    "  if (ready && Date.now() - start > 10000) tries = 0;",
+    "  for (const [ref, said] of log.pending)           // a client id ends with its connection",
+    "    if (stay || said.to !== ALL) fail(ref, t('connection lost'));",
+    "  if (stay) return setStatus(t('Connection closed: ') + (e.reason || e.code), true);",
     "  setStatus(t('Offline: your text is kept.'), true);",
     "  const wait = e.code === 1008 ? 30000 : Math.min(30000, 500 * 2 ** tries++);",
     "  timer = setTimeout(connect, wait * (0.5 + Math.random()));    // not everybody at once",
@@ -2424,15 +3213,15 @@ static const char *const page_lines[] = {
     "  ws.close(); lost({});",
     "}",
     "function welcome(d) {                 // our login, answered: it has the member list",
-    "  if (d.ref !== want.ref) return;     // meanwhile we asked for another room",
-    "  const moved = !here || here.room !== want.room;",
-    "  [me, since, here] = [d.client_id, Date.now(), want];",
-    "  shift = Math.round((since - parse(d.time)) / 900000) * 900000;  // zones differ by quarters",
+    "  const moved = !here || here.room !== asked.room;",
+    "  [me, start, here, asked, older, ready] = [d.client_id, Date.now(), asked, null, '', false];",
+    "  shift = Math.round((start - parse(d.time)) / 900000) * 900000;  // zones differ by quarters",
     "  $('me').textContent = store.xchatName = here.name;",
-    "  members.clear(); $('members').replaceChildren();",
+    "  members.clear(); $('members').replaceChildren(); mine.add(me); here.id = d.id;",
     "  for (const [id, name] of Object.entries(d.client_list)) putMember(id, decode(name));",
-    "  setStatus('');",
     "  if (moved) enter(here.room);",
+    "  if (d.recovered === false) addLine(make('p', 'system gone', t('Some messages are gone.')));",
+    "  if (want !== here) login();         // meanwhile another wish came",
     "}",
     "const on = {                          // one function for each type of message",
     "  ping() { post({ type: 'pong' }); },",
@@ -2448,22 +3237,25 @@ static const char *const page_lines[] = {
     "    $('count').textContent = members.size;",
     "    system(phrase('% left', decode(d.from_client_name)), d.time);",
     "  },",
-    "  say(d) {",
-    "    const own = d.from_client_id === me, said = own && pending.get(d.ref);",
-    "    if (said) {                       // what we said is confirmed",
-    "      pending.delete(d.ref); said.line.classList.remove('pending');",
-    "      return said.line.querySelector('time').replaceWith(stamp(d.time));",
+    "  say(d) { show(d); },",
+    "  history(d) {                        // older ones for lookBack, or what follows a login",
+    "    if (d.ref) {",
+    "      const talk = $('talk'), below = talk.scrollHeight - talk.scrollTop;",
+    "      log.box.prepend(...d.messages.map(m => render(m, true)));",
+    "      talk.scrollTop = talk.scrollHeight - below;  // the reader's place",
+    "      [older, log.more] = ['', d.more];",
+    "      return follow();",
     "    }",
-    "    const id = d.to_client_id, from = decode(d.from_client_name);",
-    "    const whom = { id, name: members.has(id) ? members.get(id).textContent : '' };",
-    "    // Private content starts with <b>who speaks to whom: </b>; the bubble has its own way.",
-    "    const html = id === 'all' ? d.content : d.content.replace(/^<b>[^<]*<[/]b>/, '');",
-    "    addLine(bubble(own ? 'own' : '', from, whom, stamp(d.time), decode(html)));",
-    "    if (document.hidden && !own) setUnread(unread + 1);",
+    "    d.messages.forEach(m => show(m, !here.since));",
+    "    if (here.since && d.more) return; // another part of the resume is to come",
+    "    if (!here.since) log.more = d.more;",
+    "    log.last = here.id; setStatus(''); follow();",
+    "    for (const said of log.pending.values()) post(said.d);   // these were never stored",
     "  },",
     "  error(d) {",
-    "    if (pending.has(d.ref)) fail(d.ref, PLAIN[d.code] ? t(PLAIN[d.code]) : d.message);",
-    "    else if (d.ref === want.ref) ask(d.message);",
+    "    if (log.pending.has(d.ref)) fail(d.ref, PLAIN[d.code] ? t(PLAIN[d.code]) : d.message);",
+    "    else if (d.ref === older) [older, log.more] = ['', d.code === 'rate_limited'];",
+    "    else if (asked && asked.ref === d.ref) { asked = null; ask(d.message); }",
     "  },",
     "};",
     "// What the person does.",
@@ -2484,7 +3276,7 @@ static const char *const page_lines[] = {
     "$('talk').onscroll = () => {          // only the reader lowers scrollTop, new lines never do",
     "  const box = $('talk'), gap = box.scrollHeight - box.scrollTop - box.clientHeight;",
     "  atEnd = gap < 50 || atEnd && box.scrollTop >= lastTop;",
-    "  lastTop = box.scrollTop;",
+    "  lastTop = box.scrollTop; lookBack();",
     "};",
     "function insert(face) {",
     "  $('text').setRangeText(face, $('text').selectionStart, $('text').selectionEnd, 'end');",
@@ -2503,8 +3295,8 @@ static const char *const page_lines[] = {
     "$('talk').ariaLabel = t('Messages');",
     "wide.onchange = fold;",
     "fold();",
-    "const asked = new URLSearchParams(location.search).get('room_id');",
-    "want = { name: store.xchatName || '', room: asked || '1' };",
+    "const query = new URLSearchParams(location.search);",
+    "want = { name: store.xchatName || '', room: query.get('room_id') || '1' };",
     "if (want.name) connect(); else ask('');",
     "</script></body></html>",
 };
@@ -2577,9 +3369,9 @@ static const char *take_bind(const char *value) {
     return NULL;
 }
 
-static const char *take_verbose(const char *value) {
-    opt.verbose = true;
-    return value;   /* NULL: it has none */
+static const char *take_data(const char *value) {
+    opt.data = value;
+    return *value != '\0' ? NULL : "a directory was expected";
 }
 
 static const char *take_version(const char *value) {
@@ -2592,7 +3384,7 @@ static const char *take_help(const char *value);   /* prints the table it is in 
 static struct option {
     const char *name, *arg;                   /* arg: what stands behind it; NULL: nothing */
     char letter;
-    uint32_t *number, min, max, initial;      /* where a number goes... */
+    uint32_t *number, min, max, initial;      /* where a number goes, or that it was given... */
     const char *(*take)(const char *value);   /* ...or who takes a text; NULL, or what is wrong */
     const char *help;
     bool given;
@@ -2607,10 +3399,14 @@ static struct option {
     {"rate", "N", 0, &opt.rate, 0, 1000000, 50, NULL, "messages a second and client; 0: any", false},
     {"burst", "N", 0, &opt.burst, 1, 1000000, 100, NULL, "messages at once and client", false},
     {"backlog", "BYTES", 0, &opt.backlog, 4096, 1 << 28, 1 << 20, NULL, "how far a client may fall behind", false},
+    {"data", "DIR", 0, NULL, 0, 0, 0, take_data, "keep history in files there (in memory)", false},
+    {"retain", "BYTES", 0, &opt.retain, 4096, 4000000000, 1 << 24, NULL, "history kept of each room", false},
+    {"segment", "BYTES", 0, &opt.segment, 4096, 1 << 30, 1 << 20, NULL, "of it in one file", false},
+    {"fsync", NULL, 0, &opt.fsync, 0, 1, 0, NULL, "keep it through a loss of power too", false},
     {"trust-proxy", "CIDR", 0, NULL, 0, 0, 0, http_trust, "proxy whose X-Forwarded-For counts; repeatable", false},
     {"ping", "SECONDS", 0, &opt.ping_s, 1, 86400, 25, NULL, "silence before a ping; three and it is gone", false},
     {"timeout", "SECONDS", 0, &opt.timeout_s, 1, 3600, 10, NULL, "time for a whole HTTP request", false},
-    {"verbose", NULL, 'v', NULL, 0, 0, 0, take_verbose, "log every connection", false},
+    {"verbose", NULL, 'v', &opt.verbose, 0, 1, 0, NULL, "log every connection", false},
     {"version", NULL, 'V', NULL, 0, 0, 0, take_version, "print the version", false},
     {"help", NULL, 'h', NULL, 0, 0, 0, take_help, "print this", false},
 };
@@ -2624,7 +3420,7 @@ static const char *take_help(const char *value) {
         const char dash[] = {o->letter != 0 ? '-' : ' ', o->letter != 0 ? o->letter : ' ', '\0'};
         int n = printf("  %s --%s %s", dash, o->name, o->arg != NULL ? o->arg : "");
         printf("%*s%s", 27 - n, "", o->help);
-        if (o->number != NULL) printf(" (%u)", o->initial);
+        if (o->number != NULL && o->arg != NULL) printf(" (%u)", o->initial);
         putchar('\n');
     }
     puts("\nExamples:\n  xchat --port 8080\n  xchat --bind unix:/run/xchat.sock --trust-proxy 127.0.0.1");
@@ -2632,7 +3428,7 @@ static const char *take_help(const char *value) {
 }
 
 static void option_set(struct option *o, const char *value) {
-    int64_t number = o->number != NULL && value != NULL ? slice_number(slice_of(value), 10) : 0;
+    int64_t number = value != NULL ? slice_number(slice_of(value), 10) : 1;
     const char *why = o->take != NULL ? o->take(value) : NULL;
     if (why != NULL) usage("--%s: '%s': %s", o->name, value, why);
     if (o->number != NULL && (number < o->min || number > o->max))
@@ -2669,8 +3465,8 @@ static void options_read(int argc, char **argv) {
         int n = snprintf(name, sizeof name, "XCHAT_%s", o->name);
         for (int i = 0; i < n; i++) name[i] = name[i] == '-' ? '_' : name[i] >= 'a' ? (char)(name[i] - 32) : name[i];
         const char *value = getenv(name);
-        bool flag = o->take == take_verbose;   /* set by any value but 0 */
-        if (value == NULL || o->given || (o->arg == NULL && (!flag || strcmp(value, "0") == 0))) continue;
+        bool flag = o->arg == NULL;   /* set by any value but 0 */
+        if (value == NULL || o->given || (flag && (o->number == NULL || strcmp(value, "0") == 0))) continue;
         option_set(o, flag ? NULL : value);
     }
 }
@@ -2717,13 +3513,16 @@ int main(int argc, char **argv) {
     options_read(argc, argv);
     limit_clients();
     if (RAND_bytes(tables.secret, sizeof tables.secret) != 1) die("no random bytes");
+    history_init(opt.data);
     http.callers.key = caller_key;
     rooms.by_name.key = room_key;
+    rooms.unsaid = chat_unsaid;
     loop.flush = rooms_flush;
     page_init();
     sigaction(SIGTERM, &stop, NULL);
     sigaction(SIGINT, &stop, NULL);
     sigaction(SIGPIPE, &ignore, NULL);
+    sigaction(SIGXFSZ, &ignore, NULL);   /* write() says it too */
     sigaction(SIGHUP, &ignore, NULL);
     if (mains.n_binds == 0) listen_on(NULL);
     for (uint32_t i = 0; i < mains.n_binds; i++) listen_on(mains.binds[i]);

@@ -335,7 +335,7 @@ def replies(s, pieces, proof):
     frames = []
     while not frames or frames[-1][0] != CLOSE:
         opcode, payload = ann.next_frame()
-        frames.append((opcode, re.sub(rb"[0-9a-f]{20}|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", b"#", payload)))
+        frames.append((opcode, re.sub(rb"[0-9a-f]{8}-[0-9a-f]{16}|[0-9a-f]{20}|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", b"#", payload)))
     ann.expect_end()
     ann.close()
     return ann.handshake.headers, sorted(frames[:-1]), frames[-1]

@@ -79,10 +79,11 @@ def port_from(log, process, pattern, seconds):
 
 
 class Server:
-    """The program under test. It can be killed and started again on the same port."""
+    """The program under test. It can be killed and started again on the same port and data."""
 
     def __init__(self, binary, directory):
         self.binary, self.directory, self.port, self.count = binary, directory, 0, 0
+        self.data = os.path.join(directory, "data")
         self.start()
 
     def start(self):
@@ -91,12 +92,19 @@ class Server:
         with open(log, "w") as f:
             self.process = subprocess.Popen(
                 [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--rate", "0",
-                 "--max-message", "8192"],
+                 "--max-message", "8192", "--data", self.data],
                 stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
         self.port = port_from(log, self.process, r"listening on 127\.0\.0\.1:(\d+)", WAIT)
 
     def stop(self, signal_number=signal.SIGTERM):
         end_process(self.process, signal_number)
+
+    def freeze(self):
+        """From now on the server reads nothing and answers nothing; `stop` still works."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def thaw(self):
+        os.killpg(self.process.pid, signal.SIGCONT)
 
 
 class Guest:
@@ -397,7 +405,10 @@ def room_switch(ann, bob, server, room):
     ann.js("document.getElementById('room').value = ''")
     ann.type("#room", room + ann.ENTER)     # another room, by its name
     until(lambda: sorted(ann.members()) == ["Ann", "Bob"], "both in the first room again")
-    same(ann.lines(), ["in the first room"], "log of the first room")
+    until(lambda: ann.lines() == ["in the first room", "unheard"], "what Ann missed there")
+    bob.say("heard")
+    ann.sees("heard")
+    same(ann.lines(".own .text"), ["in the first room"], "Ann's own")
 
 
 @case
@@ -412,6 +423,16 @@ def unread_title(ann, bob, server, room):
     ann.call("POST", "/window/rect", place)
     until(lambda: ann.js("return document.title") == plain, "the plain title")
     same(ann.lines(), ["one", "two"], "what was said meanwhile")
+    ann.call("POST", "/window/minimize", {})
+    until(lambda: ann.js("return document.hidden"), "Ann's window hidden again")
+    ann.js("ws.close()")
+    until(lambda: bob.members() == ["Bob"], "Ann gone from Bob's list")
+    bob.say("three")            # missed, and fetched when Ann's page is back by itself
+    until(lambda: ann.js("return document.title") == "(1) " + plain, "one unread in the title")
+    ann.open(room)              # a page that was just loaded has missed nothing
+    until(lambda: ann.lines() == ["one", "two", "three"], "the history")
+    same(ann.js("return [document.hidden, document.title]"), [True, plain], "hidden, title")
+    ann.call("POST", "/window/rect", place)
 
 
 @case
@@ -453,7 +474,7 @@ def restart_and_reconnect(ann, bob, server, room):
     bob.sees("before")
     server.stop(signal.SIGKILL)
     for who in (ann, bob):
-        until(lambda: not who.online() and who.text("#status"), "the offline sign")
+        offline(who)
     ann.say("half a thought")           # Enter does nothing now, and the text stays
     same(ann.js("return document.getElementById('text').value"), "half a thought", "composer")
     same(ann.lines(), ["before"], "Ann's log")
@@ -467,16 +488,194 @@ def restart_and_reconnect(ann, bob, server, room):
     same(ann.lines(), ["before", "half a thought"], "Ann's log")
 
 
+def offline(who):
+    until(lambda: not who.online() and who.text("#status"), "the offline sign")
+
+
+def scroll(who, top):
+    who.js("document.getElementById('talk').scrollTop = arguments[0]", top)
+
+
+@case
+def history_on_join(ann, bob, server, room):
+    guest = Guest(server.port, "Carl", room)
+    texts = ["line %d" % i for i in range(130)]
+    for text in texts:
+        guest.say(text)
+        guest.read("say")
+    guest.close()
+    ann.enter("Ann", room)
+    same(ann.lines(), texts[-50:], "what Ann sees at first")
+    same(ann.lines(".head > bdi"), ["Carl"] * 50, "who said it")
+    until(lambda: ann.js("const t = document.getElementById('talk');"
+                         "return t.scrollHeight - t.scrollTop - t.clientHeight < 2"), "the end")
+    ann.say("and I")
+    ann.sees("and I", ".own:not(.pending) .text")
+    # Scrolling up brings older ones, and what one is reading stays where it is.
+    ann.js("sent = []; const send = post; post = m => { sent.push(m.type); send(m); }")
+    place = ("return [...document.querySelectorAll('#talk .text')]"
+             ".find(e => e.innerText === 'line 80').getBoundingClientRect().top")
+    before = ann.js("document.getElementById('talk').scrollTop = 100;" + place)
+    until(lambda: len(ann.lines()) == 101, "50 older ones")
+    same(abs(ann.js(place) - before) < 2, True, "line 80 is where it was")
+    for number in range(5):     # there are only 30 more, and then the page does not ask again
+        scroll(ann, number % 2)
+        until(lambda: len(ann.lines()) == 131, "all")
+    same(ann.lines(), texts + ["and I"], "the whole conversation")
+    same(ann.js("return sent.filter(t => t === 'history').length"), 2, "requests")
+
+
+@case
+def killed_while_talking(ann, bob, server, room):
+    meet(ann, bob, room)
+    for number in range(3):
+        ann.say("a%d" % number)
+        bob.say("b%d" % number)
+    ann.sees("b2")
+    bob.sees("b2", ".own:not(.pending) .text")
+    said = sorted(ann.lines())
+    server.freeze()
+    ann.say("never read")       # it reaches the server's machine, not the server
+    bob.say("nor this")
+    ann.sees("never read", ".own.pending .text")
+    server.stop(signal.SIGKILL)
+    for who, text in ((ann, "typed meanwhile"), (bob, "the same for Bob")):
+        offline(who)
+        same(len(who.lines(".pending")), 1, "messages on their way")
+        who.say(text)           # Enter waits for the connection
+    server.start()
+    for who in (ann, bob):
+        until(who.online, "being online again", 10)
+        who.type("#text", who.ENTER)
+    said = sorted(said + ["never read", "nor this", "typed meanwhile", "the same for Bob"])
+    for who in (ann, bob):
+        until(lambda: sorted(who.lines()) == said and not who.lines(".pending"), "all, once")
+    same(ann.lines(), bob.lines(), "Ann's and Bob's conversation")
+    same(ann.lines(".own .text"), ["a0", "a1", "a2", "never read", "typed meanwhile"], "her own")
+    same((ann.lines(".gone"), ann.lines(".why")), ([], []), "complaints")
+    talk = ann.lines()
+    bob.open(room)              # and that is what somebody new sees
+    until(lambda: bob.lines() == talk, "the same conversation in the history")
+
+
+@case
+def lost_receipt(ann, bob, server, room):
+    """What the server stored, but could not confirm, is not said a second time."""
+    meet(ann, bob, room)
+    ann.say("first")
+    ann.sees("first", ".own:not(.pending) .text")
+    ann.js("ws.onmessage = null")
+    ann.say("once")
+    ann.say("twice <b>")
+    bob.sees("twice <b>")
+    same(ann.lines(".pending .text"), ["once", "twice <b>"], "not confirmed")
+    ann.js("ws.close()")
+    until(lambda: not ann.lines(".pending"), "the confirmation")
+    bob.say("three times")
+    for who in (ann, bob):
+        who.sees("three times", ":not(.pending) > .text")
+        same(who.lines(), ["first", "once", "twice <b>", "three times"], "conversation")
+    same(ann.lines(".own .text"), ["first", "once", "twice <b>"], "Ann's own")
+
+
+@case
+def private_is_not_repeated(ann, bob, server, room):
+    """The client id that a private message was for is gone with the connection."""
+    meet(ann, bob, room)
+    ann.click("#members button:enabled")
+    server.freeze()
+    ann.say("psst")
+    ann.sees("psst", ".private.pending .text")
+    server.stop(signal.SIGKILL)
+    until(lambda: "Not sent: " in (ann.text(".private .why") or ""), "the sign at the message")
+    server.start()
+    for who in (ann, bob):
+        until(who.online, "being online again", 10)
+    ann.click("#all")
+    ann.say("aloud")
+    bob.sees("aloud")
+    same((bob.lines(), ann.lines(".pending")), (["aloud"], []), "what Bob hears")
+
+
+@case
+def storage_error(ann, bob, server, room):
+    meet(ann, bob, room)
+    ann.js("post = m => { if (m.type === 'say')"       # a full disk, made up in the page
+           " setTimeout(() => on.error({ code: 'storage', message: 'No.', ref: m.ref })); }")
+    ann.say("for ever")
+    until(lambda: "Not sent: cannot be saved" in (ann.text(".line .why") or ""), "the error")
+    same(ann.lines(".pending"), [], "messages on their way")
+    ann.click(".line .why button")
+    same((ann.js("return document.getElementById('text').value"), ann.lines()), ("for ever", []),
+         "the message back in the composer")
+
+
+@case
+def data_is_gone(ann, bob, server, room):
+    meet(ann, bob, room)
+    for text in ("one", "two"):
+        ann.say(text)
+        bob.sees(text)
+    backup = os.path.join(server.directory, "backup")
+    shutil.copytree(server.data, backup)
+    ann.say("three")
+    bob.sees("three")
+    server.stop(signal.SIGKILL)
+    shutil.rmtree(server.data)
+    server.start()
+    for who, text in ((ann, "Some messages are gone."),
+                      (bob, "\u6709\u4e9b\u6d88\u606f\u5df2\u7ecf\u4e22\u5931")):
+        until(lambda: who.online() and who.lines(".gone") == [text], "the line about the loss", 10)
+        same(who.lines(), ["one", "two", "three"], "what was on the screen")
+    bob.say("four")
+    for who in (ann, bob):
+        until(lambda: who.lines(":not(.pending) > .text") == ["one", "two", "three", "four"],
+              "the conversation to go on")
+    scroll(ann, 0)
+    server.stop(signal.SIGKILL)
+    shutil.rmtree(server.data)
+    os.rename(backup, server.data)      # the ids we know lie beyond the end of this
+    server.start()
+    for who in (ann, bob):
+        until(lambda: who.online() and len(who.lines(".gone")) == 2, "another such line", 10)
+        same(sorted(who.lines()), ["four", "one", "three", "two"], "everything, once")
+    ann.say("five")
+    bob.sees("five")
+    ann.open(room)
+    until(lambda: ann.lines() == ["one", "two", "five"], "the history as it is now")
+
+
+@case
+def old_messages_have_a_date(ann, bob, server, room):
+    line = json.dumps({"type": "say", "from_client_id": "7f00000108fc00000001",
+                       "from_client_name": "Zoe &amp; Co", "to_client_id": "all",
+                       "content": "long ago", "time": "2024-02-03 12:05:06",
+                       "id": "00c0ffee-%016x" % 0}, separators=(",", ":")) + "\n"
+    folder = os.path.join(server.data, "rooms", room)
+    os.makedirs(folder)
+    with open(os.path.join(folder, "epoch"), "w") as f:
+        f.write("00c0ffee\n")
+    with open(os.path.join(folder, "%016x.log" % 0), "w") as f:
+        f.write(line.replace("-%016x" % 0, "-%016x" % len(line)))
+    ann.enter("Ann", room)
+    ann.sees("long ago")
+    same(ann.lines(".head bdi"), ["Zoe & Co"], "who said it")
+    same("2024" in ann.text("#talk article time"), True, "a year at an old message")
+    ann.say("now")
+    ann.sees("now", ".own:not(.pending) .text")
+    same("20" in ann.lines(".own time")[0].split(":")[0], False, "a year at a new one")
+
+
 @case
 def dead_network(ann, bob, server, room):
     """A server that is only stopped closes nothing; the page has to notice by itself."""
     ann.enter("Ann", room)
-    os.killpg(server.process.pid, signal.SIGSTOP)
+    server.freeze()
     try:
         ann.js("heard -= 80000; watch()")       # as after 80 seconds without a word
         until(lambda: not ann.online() and ann.text("#status"), "the offline sign")
     finally:
-        os.killpg(server.process.pid, signal.SIGCONT)
+        server.thaw()
     until(ann.online, "Ann online again")
 
 
@@ -549,11 +748,22 @@ def long_log_and_crowd(ann, bob, server, room):
     at_end = ("const t = document.getElementById('talk');"
               "return t.scrollHeight - t.scrollTop - t.clientHeight < 2")
     until(lambda: ann.js(at_end), "the log at its end")
-    ann.js("document.getElementById('talk').scrollTop = 100")
+    scroll(ann, 2000)
     until(lambda: not ann.js("return atEnd"), "the page to notice the scrolling")
     guests[1].say("unseen")
     ann.sees("unseen")
-    same(ann.js("return document.getElementById('talk').scrollTop"), 100, "reader's place")
+    same(ann.js("return document.getElementById('talk').scrollTop"), 2000, "reader's place")
+    while ann.lines()[0] != "line 0":   # what the cap cut off comes back when one looks for it
+        first = ann.lines()[0]
+        scroll(ann, 0)
+        until(lambda: ann.lines()[0] != first, "older ones than " + first)
+    texts = ["line %d" % i for i in range(1000)] + ["unseen"]
+    same([pair for pair in zip(ann.lines(), texts) if pair[0] != pair[1]][:1], [], "difference")
+    same(len(ann.lines()), 1001, "number of lines")
+    scroll(ann, 1000000)
+    until(lambda: ann.js("return atEnd"), "the page to notice that Ann is at the end")
+    guests[1].say("seen")
+    until(lambda: len(ann.lines()) <= 500 and ann.lines()[-1] == "seen", "a capped log again")
     for guest in guests:
         guest.close()
     until(lambda: ann.members() == ["Ann"], "all gone")

@@ -20,10 +20,11 @@ ID = re.compile(r"[0-9a-f]{20}")
 TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 # What follows "type" in each message of the server, in this order. "client_list" is
-# only in the answer to one's own login, "ref" only where the client sent one.
+# only in the answer to one's own login, "recovered" if that had a "since", "ref" only
+# where the client sent one, "id" in that answer and in what is said to all.
 FIELDS = {
-    "login": ["client_id", "client_name", "time", "client_list", "ref"],
-    "say": ["from_client_id", "from_client_name", "to_client_id", "content", "time", "ref"],
+    "login": ["client_id", "client_name", "time", "id", "recovered", "client_list", "ref"],
+    "say": ["from_client_id", "from_client_name", "to_client_id", "content", "time", "id", "ref"],
     "logout": ["from_client_id", "from_client_name", "time", "ref"],
     "error": ["code", "message", "ref"],
     "pong": ["ref"],
@@ -305,9 +306,12 @@ def values(message):
     """The values of a message in order, once its form is proved."""
     fields = FIELDS[message["type"]]
     check(list(message) == ["type"] + [f for f in fields if f in message], "order of fields:", message)
-    check(not {*fields} - {*message} - {"client_list", "ref"}, "missing fields:", message)
+    check(not {*fields} - {*message} - {"client_list", "ref", "id", "recovered"}, "missing fields:", message)
+    stored = message["type"] == "say" and message["to_client_id"] == "all"
+    check(("id" in message) == (stored or "client_list" in message), "id:", message)
+    check(re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{16}", message.get("id", "0" * 8 + "-" + "0" * 16)), "id:", message)
     check(TIME.fullmatch(message.get("time", "2026-11-23 09:01:00")), "time:", message)
-    return [v for k, v in message.items() if k not in ("time", "message")]
+    return [v for k, v in message.items() if k not in ("time", "message", "id")]
 
 
 def play(s, script):

@@ -24,7 +24,9 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     opt.max_message = 2000;
     opt.rate = 0;
     http.callers.key = caller_key;
+    history_init(NULL);
     rooms.by_name.key = room_key;
+    rooms.unsaid = chat_unsaid;
     loop.flush = rooms_flush;
     page_init();
     chat_init(7272);

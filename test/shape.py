@@ -221,7 +221,7 @@ def readme():
     program = []
     for name, arg, letter, target, _, _, default in rows:
         base, _, shift = default.partition(" << ")
-        program.append((name, letter, arg, str(int(base) << int(shift or 0)) if target != "NULL" else None))
+        program.append((name, letter, arg, str(int(base) << int(shift or 0)) if target != "NULL" and arg else None))
     found = re.findall(r"^\| `--([a-z-]+)`(?:, `-(.)`)?(?: ([A-Z]+))? \| (.*?) ?\| ", read("README.md"), re.M)
     documented = [(name, letter, arg, default) for name, letter, arg, default in found]
     if [row[:3] for row in program] != [row[:3] for row in documented]:

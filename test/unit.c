@@ -1022,11 +1022,11 @@ static struct conn *person(int i, size_t takes) {
 }
 
 static struct member *join(const char *room, struct conn *c) {
-    return room_join(room_open(slice_of(room)), c);
+    return room_join(room_open(S("rooms/"), slice_of(room)), c);
 }
 
 static void say(const char *room, const char *text, struct member *except) {
-    room_publish(room_open(slice_of(room)), slice_of(text), except);
+    room_publish(room_open(S("rooms/"), slice_of(room)), slice_of(text), except);
 }
 
 /* The texts in these frames that begin with this letter, or all; a close frame is shown
@@ -1049,7 +1049,7 @@ static slice heard(const struct buf *out, char only) {
 static void test_rooms_memory(void) {
     struct conn *c[] = {person(0, 10), person(1, SIZE_MAX)};
     join("r", c[0]), join("r", c[1]);
-    struct room *r = room_open(S("r"));
+    struct room *r = room_open(S("rooms/"), S("r"));
     for (unsigned n = 0; n < 100; n++) say("r", "0123456789", NULL);
     loop_settle();
     CHECK(r->log.len > 1000, "the log has %u bytes, but one member has not read", r->log.len);
@@ -1091,7 +1091,7 @@ static void test_rooms_except(void) {
     say("r", "seven", NULL);
     wire_drain(c[0], SIZE_MAX);
     check_text("it left", heard(&wires[0].out, 0), S("one|two|four|five|six|"));
-    CHECK(room_open(S("r"))->log.p == NULL, "the log is kept for one who left");
+    CHECK(room_open(S("rooms/"), S("r"))->log.p == NULL, "the log is kept for one who left");
     say("r", "eight", NULL), ws_close(c[1], WS_POLICY, "test"), say("r", "nine", NULL);
     loop_settle();   /* who is closing must not hear what is behind a gap */
     check_text("closing", heard(&wires[1].out, 0), S("one|two|three|five|six|seven|(1008)"));
@@ -1130,7 +1130,7 @@ static void test_rooms_slow(void) {
         snprintf(text, sizeof text, "%0100u", n);
         buf_printf(&want, "%s|", text);
         say("r", text, NULL);
-        CHECK(room_open(S("r"))->log.len <= opt.backlog, "the log is over --backlog");
+        CHECK(room_open(S("rooms/"), S("r"))->log.len <= opt.backlog, "the log is over --backlog");
         if (n % 5 == 0) pump(c, peer, got, 1);
     }
     CHECK(people[0].close_code == WS_TRY_AGAIN, "the slow one stays");
@@ -1157,7 +1157,7 @@ static void test_rooms_many(void) {
         CHECK((m[i] = join(name, c)) != NULL, "%s is refused", name);
     }
     CHECK(join("one more", c) == NULL && join("one more", other) != NULL, "rooms of a client");
-    CHECK(room_open(S("another")) == NULL && room_open(S("room1|")) == m[1]->room, "--max-rooms");
+    CHECK(room_open(S("rooms/"), S("another")) == NULL && room_open(S("rooms/"), S("room1|")) == m[1]->room, "--max-rooms");
     for (unsigned i = 0; i < ROOMS_PER_CLIENT; i += 3) room_leave(m[i]);
     for (unsigned i = 0; i < ROOMS_PER_CLIENT; i++) {
         snprintf(name, sizeof name, "room%u|", i);
@@ -1274,6 +1274,80 @@ static void test_rate(void) {
     wire_close(c);
 }
 
+/* What a client was sent since the last time, without times: the ids and the epoch of
+ * clients and logs are replaced by '#'. */
+static const char *news(int i) {
+    static char text[4096];
+    size_t n = 0;
+    loop_settle();
+    for (slice rest = heard(&wires[i].out, '{'); rest.len > 0;) {
+        slice one = slice_split(&rest, '|');
+        for (size_t k = 0; k < one.len && n + 2 < sizeof text; k++) {
+            size_t hex = 0;
+            while (k + hex < one.len && strchr("0123456789abcdef-: ", one.p[k + hex]) != NULL) hex++;
+            if (hex >= 19) k += hex - 1, text[n++] = '#';
+            else text[n++] = one.p[k];
+        }
+        text[n++] = '|';
+    }
+    text[n] = '\0';
+    buf_clear(&wires[i].out);
+    return text;
+}
+
+#define SAYS(heading, text) "{\"type\":\"say\",\"from_client_id\":\"#\",\"from_client_name\":\"Ann\",\"to_uid\":\"42\"," \
+    "\"content\":\"<b>" heading ": </b>" text "\",\"time\":\"#\",\"id\":\"#\"}"
+#define TO_YOU "\xe5\xaf\xb9\xe4\xbd\xa0\xe8\xaf\xb4"
+#define TO_BOB "\xe4\xbd\xa0\xe5\xaf\xb9" "Bob\xe8\xaf\xb4"
+
+/* A user's inbox: all connections of the user hear, and those that come later. */
+static void test_inbox(void) {
+    static const char *const login = "{\"type\":\"login\",\"client_name\":\"B\",\"room_id\":\"b\"%s}";
+    char text[200], id[ID_BYTES + 1];
+    struct conn *ann = chatter(0), *bob[2];
+    chat_message(ann, S("{\"type\":\"login\",\"client_name\":\"Ann\",\"room_id\":\"users/42\"}"));
+    news(0);
+    for (int i = 0; i < 2; i++) {
+        ((struct client *)(bob[i] = chatter(1 + i))->state)->uid = strdup("42");
+        snprintf(text, sizeof text, login, "");
+        chat_message(bob[i], slice_of(text));
+    }
+    CHECK(strstr(news(1), "\"inbox_id\":\"#\",\"client_list\"") != NULL, "no inbox_id");
+    news(2);
+    chat_message(ann, S("{\"type\":\"say\",\"to_uid\":42,\"to_client_name\":\"Bob\",\"content\":\"one\"}"));
+    check_text("the sender", slice_of(news(0)), S(SAYS(TO_BOB, "one") "|"));
+    check_text("a connection", slice_of(news(1)), S(SAYS(TO_YOU, "one") "|"));
+    check_text("another", slice_of(news(2)), S(SAYS(TO_YOU, "one") "|"));
+    history_newest(((struct client *)bob[1]->state)->inbox->room->past, id);
+    wire_close(bob[0]), wire_close(bob[1]);
+    chat_message(ann, S("{\"type\":\"say\",\"to_uid\":\"42\",\"to_client_name\":\"Bob\",\"content\":\"two\"}"));
+    chat_message(ann, S("{\"type\":\"say\",\"to_uid\":\"43\",\"to_client_name\":\"\",\"content\":\"not his\"}"));
+    news(0);
+    /* He comes again: what he missed, once; the others hear nothing. */
+    ((struct client *)(bob[0] = chatter(1))->state)->uid = strdup("42");
+    snprintf(text, sizeof text, ",\"inbox_since\":\"%s\"", id);
+    char again[300];
+    snprintf(again, sizeof again, login, text);
+    chat_message(bob[0], slice_of(again));
+    const char *got = news(1);
+    CHECK(strstr(got, "\"inbox_recovered\":true") != NULL, "not recovered: %s", got);
+    got = strstr(got, "{\"type\":\"history\"");
+    check_text("missed", slice_of(got != NULL ? got : "nothing"),
+               S("{\"type\":\"history\",\"to_uid\":\"42\",\"messages\":[" SAYS(TO_YOU, "two") "],\"more\":false}|"));
+    check_text("Ann heard", slice_of(news(0)), S(""));
+    /* No room is an inbox, and who is nobody has none. */
+    chat_message(ann, S("{\"type\":\"history\"}"));
+    check_text("a room of that name", slice_of(news(0)),
+               S("{\"type\":\"history\",\"room_id\":\"users/42\",\"messages\":[],\"more\":false}|"));
+    CHECK(((struct client *)ann->state)->inbox == NULL, "an inbox without a uid");
+    chat_message(ann, S("{\"type\":\"say\",\"to_uid\":\"\",\"content\":\"x\"}"));
+    CHECK(strstr(news(0), "\"code\":\"bad_field\"") != NULL, "to nobody");
+    chat_message(bob[0], S("{\"type\":\"say\",\"to_client_id\":\"all\",\"content\":\"x\"}"));
+    CHECK(strstr(news(1), "\"from_uid\":\"42\"") != NULL, "his uid is not told");
+    wire_close(ann), wire_close(bob[0]);
+    check_empty();
+}
+
 /* Seconds at which a ping goes out, and '!' where the connection is closed. */
 static void test_silence(void) {
     static const struct {
@@ -1345,7 +1419,7 @@ static void test_option_ranges(void) {
         "4294971392", "18446744073709551617", "18446744073709555712",
     };
     for (const struct option *o = options; o < options + N_OPTIONS; o++) {
-        if (o->number == NULL) continue;
+        if (o->number == NULL || o->arg == NULL) continue;
         int64_t min = o->min, max = o->max, numbers[] = {min, min + 1, max, max + 1, min - 1};
         for (size_t i = 0; i < COUNT(numbers); i++) {
             char value[24];
@@ -1402,7 +1476,7 @@ static const struct {
     TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(cidr), TEST(callers),
     TEST(http), TEST(forwarded), TEST(frames), TEST(frame_sizes),
     TEST(rooms_memory), TEST(rooms_stop), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
-    TEST(too_slow_to_go), TEST(rate), TEST(silence), TEST(option_ranges), TEST(option_forms),
+    TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(silence), TEST(option_ranges), TEST(option_forms),
 };
 
 int main(int argc, char **argv) {
@@ -1410,11 +1484,14 @@ int main(int argc, char **argv) {
     clock_read();
     signal(SIGPIPE, SIG_IGN);
     http.callers.key = caller_key;
+    history_init(NULL);
     rooms.by_name.key = room_key;
+    rooms.unsaid = chat_unsaid;
     loop.flush = rooms_flush;
     chat_init(7272);
     tape_proto = chat_proto;
     tape_proto.message = tape_message, tape_proto.closed = tape_closed, tape_proto.tick = NULL;
+    tape_proto.refill = NULL;
     for (size_t i = 0; i < COUNT(tests); i++) {
         bool wanted = argc == 1;
         for (int k = 1; k < argc; k++) wanted = wanted || strcmp(argv[k], tests[i].name) == 0;
