@@ -790,7 +790,7 @@ struct proto {
     void (*tick)(struct conn *c);                              /* a second has passed */
     void (*closed)(struct conn *c);                            /* it ends: leave, queue last words */
     void (*freed)(struct conn *c);                             /* its descriptor is closed */
-    void (*refill)(struct conn *c);                            /* `out` is empty: queue more of it */
+    bool (*refill)(struct conn *c);                            /* `out` is empty: has it more for it? */
     slice (*peek)(struct conn *c);                             /* what to send when there is no more */
     void (*sent)(struct conn *c, size_t n);                    /* n bytes of that went out */
 };
@@ -948,12 +948,17 @@ static bool conn_write(struct conn *c, slice s, size_t *written) {
     return !c->blocked && !c->lost;
 }
 
-/* Sends what there is: the private queue, with all that the protocol adds to it, then
- * what the protocol lends. */
+/* Sends what there is: the private queue, with what the protocol adds to it, then what
+ * the protocol lends. It may add once a round, so that others have their turn too. */
 static void conn_flush(struct conn *c) {
-    bool more = !c->blocked && !c->lost && !c->fin_sent;
+    bool more = !c->blocked && !c->lost && !c->fin_sent, refilled = false;
     while (more) {
-        if (c->out.len == 0 && c->proto->refill != NULL) c->proto->refill(c);
+        if (c->out.len == 0 && refilled) {
+            c->blocked = true;   /* not really: poll will say so at once */
+            conn_touch(c);
+            return;
+        }
+        if (c->out.len == 0 && c->proto->refill != NULL) refilled = c->proto->refill(c);
         bool private = c->out.len > 0;
         slice s = private ? buf_slice(&c->out) : c->proto->peek != NULL ? c->proto->peek(c) : S("");
         if (s.len == 0) return;
@@ -1688,7 +1693,6 @@ struct history {
     struct buf tail;               /* without --data: the bytes from base to end */
     uint64_t *segment;             /* with it: the positions where files begin */
     size_t segments;
-    bool torn;                     /* the last file may have more bytes than it should */
     bool failing, damaged;         /* said so in the log */
     struct history *older, *newer; /* among those not in use, without --data */
     uint8_t key_len;
@@ -2064,11 +2068,12 @@ static bool history_write(struct history *h) {
 /* Stores what was queued. The queue itself is left to the caller, until
  * history_forget(). False: nothing of it was stored. */
 static bool history_commit(struct history *h) {
-    bool ok = h->lines.len == 0 || histories.dir_fd < 0 || history_write(h);
-    if (!ok && !h->failing) log_warn("--data: %.*s: cannot be stored: %s", F(history_key(h)), strerror(errno));
-    if (ok && h->failing && h->lines.len > 0) log_info("--data: %.*s: is stored again", F(history_key(h)));
-    if (h->lines.len > 0) h->failing = !ok;
-    if (!ok || h->lines.len == 0) return ok;
+    if (h->lines.len == 0) return true;
+    bool ok = histories.dir_fd < 0 || history_write(h);
+    if (!ok && !h->failing) log_warn("--data: %.*s cannot be stored: %s", F(history_key(h)), strerror(errno));
+    if (ok && h->failing) log_info("--data: %.*s is stored again", F(history_key(h)));
+    h->failing = !ok;
+    if (!ok) return false;
     h->end += h->lines.len;
     if (histories.window_of == h && histories.dir_fd < 0) histories.window_of = NULL;
     if (histories.dir_fd < 0) buf_add(&h->tail, buf_slice(&h->lines));
@@ -2113,7 +2118,7 @@ static void history_init(const char *dir) {
     histories.dir_fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     int fd = histories.dir_fd < 0 ? -1 : history_openat((struct path){"lock"}, O_RDWR | O_CREAT);
     if (fd < 0) die("--data %s: %s", dir, strerror(errno));
-    if (fcntl(fd, F_SETLK, &lock) != 0) {
+    if (fcntl(fd, F_SETLK, &lock) != 0) {   /* it stays locked as long as it stays open */
         bool known = fcntl(fd, F_GETLK, &holder) == 0 && holder.l_type != F_UNLCK;
         die("--data %s: another server uses it (process %ld)", dir, known ? (long)holder.l_pid : -1L);
     }
@@ -2563,13 +2568,13 @@ static void past_end(struct buf *b, bool more) { buf_add(b, more ? S("],\"more\"
 
 /* `refill` of the chat: the next piece of what a client has missed. Live messages wait
  * in the room's log until it has got the last one. */
-static void chat_refill(struct conn *c) {
+static bool chat_refill(struct conn *c) {
     struct member *m = c->joined;
     struct buf json = {0};
     bool more = true;
     slice line;
     while (m != NULL && !m->replaying) m = m->also;
-    if (m == NULL || c->closing) return;
+    if (m == NULL || c->closing) return false;
     past_begin(&json, m->room);
     size_t empty = json.len;
     uint64_t at = m->replay;
@@ -2585,6 +2590,7 @@ static void chat_refill(struct conn *c) {
     buf_addc(&json, '}');
     if (!c->closing) ws_append(&c->out, WS_TEXT, buf_slice(&json));
     buf_free(&json);
+    return true;
 }
 
 /* Sends the newest `count` messages before a position, in one message. */

@@ -306,8 +306,12 @@ def segments(d, room):
 
 def epoch(d, room):
     """Of the last line of a room that has not been damaged."""
-    with open(segments(d, room)[-1][1], "rb") as file:
-        return re.findall(rb'"id":"([0-9a-f]{8})-[0-9a-f]{16}"', file.read())[-1].decode()
+    for _, path in reversed(segments(d, room)):  # the last may be empty after a crash
+        with open(path, "rb") as file:
+            found = re.findall(rb'"id":"([0-9a-f]{8})-[0-9a-f]{16}"', file.read())
+        if found:
+            return found[-1].decode()
+    raise AssertionError(f"no line in {room}")
 
 
 def stored_lines(d, room, after=0, torn=False):

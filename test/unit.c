@@ -1332,6 +1332,7 @@ static void test_inbox(void) {
     const char *got = news(1);
     CHECK(strstr(got, "\"inbox_recovered\":true") != NULL, "not recovered: %s", got);
     got = strstr(got, "{\"type\":\"history\"");
+    bob[0]->blocked = false;   /* poll says that there is room */
     check_text("missed", slice_of(got != NULL ? got : "nothing"),
                S("{\"type\":\"history\",\"to_uid\":\"42\",\"messages\":[" SAYS(TO_YOU, "two") "],\"more\":false}|"));
     check_text("Ann heard", slice_of(news(0)), S(""));
@@ -1346,6 +1347,45 @@ static void test_inbox(void) {
     CHECK(strstr(news(1), "\"from_uid\":\"42\"") != NULL, "his uid is not told");
     wire_close(ann), wire_close(bob[0]);
     check_empty();
+}
+
+/* Who comes back is sent one piece of history a round, so that others have their turn,
+ * and what is new behind the last one. */
+static void test_replay(void) {
+    char dir[] = "/tmp/xchat-unit-XXXXXX", remove[80], text[1200], pieces[20] = "";
+    CHECK(mkdtemp(dir) != NULL, "no directory");
+    history_init(dir);
+    struct conn *ann = chatter(0), *bob = chatter(1);
+    chat_message(ann, S("{\"type\":\"login\",\"client_name\":\"Ann\",\"room_id\":\"r\"}"));
+    ((struct client *)ann->state)->tokens = 1000000;
+    opt.burst = 1000;
+    for (int i = 0; i < 100; i++) {
+        snprintf(text, sizeof text, "{\"type\":\"say\",\"to_client_id\":\"all\",\"content\":\"%01000d\"}", i);
+        chat_message(ann, slice_of(text));
+    }
+    loop_settle();
+    chat_message(bob, S("{\"type\":\"login\",\"client_name\":\"Bob\",\"room_id\":\"r\",\"since\":\"none\"}"));
+    chat_message(ann, S("{\"type\":\"say\",\"to_client_id\":\"all\",\"content\":\"live\"}"));
+    for (int round = 0; round < 6; round++) {
+        loop_settle();
+        size_t n = strlen(pieces);
+        for (slice rest = heard(&wires[1].out, '{'); rest.len > 0 && n < sizeof pieces - 3;) {
+            slice one = slice_split(&rest, '|'), more = S("\"more\":true}");
+            bool history = slice_starts(one, S("{\"type\":\"history\""));
+            pieces[n++] = !history ? one.p[9] : slice_eq(slice_cut(one, one.len - more.len), more) ? '+' : '.';
+        }
+        memcpy(pieces + n, "|", 2);
+        buf_clear(&wires[1].out);
+        bob->blocked = false;   /* poll says that there is room */
+        conn_touch(bob);
+    }
+    check_text("pieces a round: login, history with more, without, say", slice_of(pieces), S("l+|+|+|.|s||"));
+    wire_close(ann), wire_close(bob);
+    check_empty();
+    close(histories.dir_fd);
+    snprintf(remove, sizeof remove, "rm -r %s", dir);
+    CHECK(system(remove) == 0, "%s", remove);
+    history_init(NULL);
 }
 
 /* Seconds at which a ping goes out, and '!' where the connection is closed. */
@@ -1476,7 +1516,7 @@ static const struct {
     TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(cidr), TEST(callers),
     TEST(http), TEST(forwarded), TEST(frames), TEST(frame_sizes),
     TEST(rooms_memory), TEST(rooms_stop), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
-    TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(silence), TEST(option_ranges), TEST(option_forms),
+    TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(replay), TEST(silence), TEST(option_ranges), TEST(option_forms),
 };
 
 int main(int argc, char **argv) {
