@@ -70,9 +70,11 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <openssl/err.h>
 #include <openssl/evp.h>
 #include <openssl/rand.h>
 #include <openssl/sha.h>
+#include <openssl/ssl.h>
 
 #if defined(__GNUC__)
 #define PRINTF(text, first) __attribute__((format(printf, text, first)))
@@ -94,7 +96,7 @@ static void memory_init(void) {}
 static struct {
     uint32_t port, max_message, max_head, max_clients, max_per_address, max_rooms;
     uint32_t rate, burst, backlog, ping_s, timeout_s, retain, segment, fsync, verbose;
-    const char *data;
+    const char *data, *tls_cert, *tls_key;
 } opt;
 
 /* Limits that nobody has asked to change yet. */
@@ -112,6 +114,7 @@ enum {
     LINE_MAX_BYTES = 7 << 24, /* of history: an escaped message, whatever --max-message */
     FILE_NAME_BYTES = 200,    /* file systems take 255 */
     REFUSED_MAX = 8,          /* connections beyond a limit that get an answer, at a time */
+    TLS_RECORD = 16384,       /* bytes that TLS encrypts, and we hand to it, at once */
     OUT_HIGH = 65536,         /* who has more unread answers is not read from */
     TICK_MS = 1000,           /* how often deadlines are looked at */
     CLOSE_MS = 5000,          /* to send the rest, and to see the peer go */
@@ -769,7 +772,12 @@ static void table_remove(struct table *t, slice key) {
  * with unread input makes the kernel send a reset, which can destroy our last words
  * (a close frame, a 431) on their way.
  *
- * Owns: the poll set, all connections, the read buffer. Calls: 1 Bytes.
+ * TLS (RFC 8446, by OpenSSL) hides below reading and writing, and the handshake below
+ * that. Only now and then it shows: it may have to write before it can read, or to read
+ * before it can write; and bytes that it could not send it has encrypted already, so
+ * just those must be offered again, whatever else has come up.
+ *
+ * Owns: the poll set, all connections, the read buffer, the certificate. Calls: 1 Bytes.
  * Called by: all below. Promises: nothing is freed in the middle of a round.
  */
 
@@ -804,12 +812,16 @@ struct conn {
     struct buf in, out;            /* input that is no whole unit yet; private output */
     int64_t heard_ms;              /* when the peer last sent something */
     int64_t deadline_ms;           /* the protocol's; a listener accepts nothing before it */
+    SSL *ssl;                      /* NULL: plain text */
     int fd;
     uint32_t slot;                 /* where it stands in the poll set */
     uint32_t searched;             /* bytes of `in` that were looked at already */
     struct addr peer;
     bool dirty : 1, closing : 1, swept : 1, fin_sent : 1, eof : 1, lost : 1;
     bool blocked : 1;                          /* the kernel's send buffer is full */
+    bool muted : 1;                            /* TLS must read before it can write */
+    bool hello : 1;                            /* TLS is to begin; a listener's: with all it accepts */
+    bool plain : 1;                            /* but it did not: the peer does not speak TLS */
     bool counted : 1, proxy : 1, refused : 1;  /* chapter 5's */
 };
 
@@ -822,6 +834,9 @@ static struct {
     int64_t tick_ms;               /* next look at the deadlines */
     int64_t stop_ms;               /* when stopping: the end, whatever is left */
     volatile sig_atomic_t signals; /* SIGTERM or SIGINT: so many came */
+    volatile sig_atomic_t hangups; /* SIGHUP */
+    void (*reload)(void);          /* chapter 13's: read the files again */
+    SSL_CTX *tls;                  /* our certificate */
     char chunk[READ_BYTES];        /* everybody's input */
     char text[INET6_ADDRSTRLEN + 10];   /* addr_text()'s */
 } loop;
@@ -902,11 +917,96 @@ static bool conn_paused(const struct conn *c) { return c->out.len > OUT_HIGH; }
 
 static short conn_interest(const struct conn *c) {
     bool listens = c->proto->accepted != NULL;
-    bool reads = c->closing ? !c->eof : listens ? now.ms >= c->deadline_ms : !conn_paused(c);
+    bool reads = c->closing ? !c->eof : listens ? now.ms >= c->deadline_ms : !conn_paused(c) || c->muted;
     return (short)((reads ? POLLIN : 0) | (c->blocked ? POLLOUT : 0));
 }
 
+/* ---- TLS. ---- */
+
+/* Which protocol follows: there is one. A client that offers others only is refused. */
+static int tls_choose(SSL *ssl, const unsigned char **out, unsigned char *len, const unsigned char *list, unsigned n,
+                      void *unused) {
+    static const unsigned char ours[] = "\x08http/1.1";
+    unsigned char *chosen;
+    (void)ssl, (void)unused;
+    int result = SSL_select_next_proto(&chosen, len, ours, sizeof ours - 1, list, n);
+    *out = chosen;
+    return result == OPENSSL_NPN_NEGOTIATED ? SSL_TLSEXT_ERR_OK : SSL_TLSEXT_ERR_ALERT_FATAL;
+}
+
+static int tls_no_passphrase(char *text, int size, int writing, void *unused) {
+    (void)text, (void)size, (void)writing, (void)unused;
+    return -1;   /* or OpenSSL would ask at the terminal */
+}
+
+/* Reads our certificate, with its chain, and its key. NULL, or what is wrong with them;
+ * then those in use stay. */
+static const char *tls_load(const char *cert, const char *key) {
+    SSL_CTX *tls = SSL_CTX_new(TLS_server_method());
+    if (tls == NULL) die("out of memory (TLS)");
+    ERR_clear_error();
+    SSL_CTX_set_min_proto_version(tls, TLS1_2_VERSION);
+    SSL_CTX_set_options(tls, SSL_OP_NO_RENEGOTIATION | SSL_OP_CIPHER_SERVER_PREFERENCE);
+    SSL_CTX_set_mode(tls, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER |
+                     SSL_MODE_RELEASE_BUFFERS);
+    SSL_CTX_set_session_cache_mode(tls, SSL_SESS_CACHE_OFF);   /* tickets are kept by the clients */
+    SSL_CTX_set_alpn_select_cb(tls, tls_choose, NULL);
+    SSL_CTX_set_default_passwd_cb(tls, tls_no_passphrase);
+    if (SSL_CTX_use_certificate_chain_file(tls, cert) == 1 &&
+        SSL_CTX_use_PrivateKey_file(tls, key, SSL_FILETYPE_PEM) == 1 && SSL_CTX_check_private_key(tls) == 1) {
+        SSL_CTX_free(loop.tls);
+        loop.tls = tls;
+        return NULL;
+    }
+    const char *why = ERR_reason_error_string(ERR_peek_error());
+    SSL_CTX_free(tls);
+    return why != NULL ? why : "cannot be read";
+}
+
+/* Looks at the first byte: 22 begins TLS. Who begins with plain text gets an answer.
+ * Returns what recv() said. */
+static ssize_t tls_begin(struct conn *c) {
+    char first;
+    ssize_t n = recv(c->fd, &first, 1, MSG_PEEK);
+    if (n != 1) return n;
+    c->hello = false;
+    c->plain = first != 22;
+    if (c->plain) return n;
+    c->ssl = SSL_new(loop.tls);
+    if (c->ssl == NULL || SSL_set_fd(c->ssl, c->fd) != 1) die("out of memory (TLS)");
+    SSL_set_accept_state(c->ssl);
+    return n;
+}
+
+/* What SSL_read() or SSL_write() returned, as recv() and send() would have. */
+static ssize_t tls_result(struct conn *c, int n) {
+    int error = n > 0 ? SSL_ERROR_NONE : SSL_get_error(c->ssl, n);
+    if (error == SSL_ERROR_NONE) return n;
+    if (error == SSL_ERROR_ZERO_RETURN) return 0;
+    errno = error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE ? EAGAIN : ECONNRESET;
+    c->blocked = error == SSL_ERROR_WANT_WRITE;
+    if (c->blocked) conn_touch(c);
+    return -1;
+}
+
 /* ---- Reading and writing. ---- */
+
+static ssize_t conn_recv(struct conn *c, char *p, size_t n) {
+    ssize_t first = c->hello ? tls_begin(c) : 1;
+    if (first != 1 || c->ssl == NULL) return first != 1 ? first : recv(c->fd, p, n, 0);
+    if (c->muted) conn_touch(c);
+    c->muted = false;
+    ERR_clear_error();
+    return tls_result(c, SSL_read(c->ssl, p, (int)n));
+}
+
+static ssize_t conn_send(struct conn *c, slice s) {
+    if (c->ssl == NULL) return send(c->fd, s.p, s.len, 0);
+    ERR_clear_error();
+    ssize_t n = tls_result(c, SSL_write(c->ssl, s.p, (int)s.len));
+    c->muted = n < 0 && errno == EAGAIN && !c->blocked;
+    return n;
+}
 
 /* Lets the protocol consume; returns how much it took. */
 static size_t conn_feed(struct conn *c, char *p, size_t n) {
@@ -926,7 +1026,7 @@ static void conn_feed_kept(struct conn *c) {
 }
 
 static void conn_read(struct conn *c) {
-    ssize_t n = recv(c->fd, loop.chunk, sizeof loop.chunk, 0);
+    ssize_t n = conn_recv(c, loop.chunk, sizeof loop.chunk);
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) conn_lost(c, "connection reset");
     if (n == 0) c->eof = true, conn_close(c, "peer hung up");
     if (n <= 0 || c->closing) return;   /* who is closing is read, but not heard */
@@ -939,19 +1039,19 @@ static void conn_read(struct conn *c) {
 
 /* Writes what the socket takes now. False when it takes no more. */
 static bool conn_write(struct conn *c, slice s, size_t *written) {
-    ssize_t n = send(c->fd, s.p, s.len, 0);
+    ssize_t n = conn_send(c, s);
     bool again = n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR || errno == ENOBUFS);
     *written = n > 0 ? (size_t)n : 0;
-    c->blocked = again || (n >= 0 && (size_t)n < s.len);
+    c->blocked = !c->muted && (again || (c->ssl == NULL && n >= 0 && (size_t)n < s.len));
     if (n < 0 && !again) conn_lost(c, "connection reset");
     if (c->blocked) conn_touch(c);   /* so that poll waits for room */
-    return !c->blocked && !c->lost;
+    return !c->blocked && !c->muted && !c->lost;
 }
 
 /* Sends what there is: the private queue, with what the protocol adds to it, then what
  * the protocol lends. It may add once a round, so that others have their turn too. */
 static void conn_flush(struct conn *c) {
-    bool more = !c->blocked && !c->lost && !c->fin_sent, refilled = false;
+    bool more = !c->blocked && !c->muted && !c->lost && !c->fin_sent, refilled = false;
     while (more) {
         if (c->out.len == 0 && refilled) {
             c->blocked = true;   /* not really: poll will say so at once */
@@ -963,7 +1063,12 @@ static void conn_flush(struct conn *c) {
         slice s = private ? buf_slice(&c->out) : c->proto->peek != NULL ? c->proto->peek(c) : S("");
         if (s.len == 0) return;
         size_t written;
+        if (c->ssl != NULL && s.len > TLS_RECORD) s.len = TLS_RECORD;
         more = conn_write(c, s, &written);
+        if (c->ssl != NULL && !private && !more) {   /* just this must be offered again: now it is private */
+            buf_add(&c->out, slice_cut(s, written));
+            written = s.len;
+        }
         if (private) buf_drop(&c->out, written);
         else c->proto->sent(c, written);
     }
@@ -997,13 +1102,14 @@ static void listener_ready(struct conn *l) {
         if (fd < 0) continue;   /* ECONNABORTED and the like: that one has gone */
         struct conn *c = conn_new(fd, l->proto, NULL);
         c->peer = addr_of(&from);
+        c->hello = l->hello;
         l->proto->accepted(l, c);
         if (fd_prepare(fd) != 0) conn_lost(c, "fcntl failed");
     }
 }
 
 /* Listens at one address. NULL with errno, or the listener. */
-static struct conn *listen_at(const struct addrinfo *ai, const struct proto *proto, const void *state) {
+static struct conn *listen_at(const struct addrinfo *ai, bool tls, const struct proto *proto, const void *state) {
     int one = 1, fd = socket(ai->ai_family, SOCK_STREAM, 0), error;
     struct sockaddr_storage bound;
     socklen_t len = sizeof bound;
@@ -1016,6 +1122,7 @@ static struct conn *listen_at(const struct addrinfo *ai, const struct proto *pro
         getsockname(fd, (struct sockaddr *)&bound, &len) == 0) {
         struct conn *l = conn_new(fd, proto, (void *)(uintptr_t)state);
         l->peer = addr_of(&bound);
+        l->hello = tls;
         return l;
     }
     error = errno;
@@ -1036,26 +1143,26 @@ static const char *listen_unix(const char *path, const struct proto *proto, cons
     if (stat(path, &st) == 0 && S_ISSOCK(st.st_mode) && connect(probe, ai.ai_addr, sizeof sa) != 0 &&
         errno == ECONNREFUSED) unlink(path);
     if (probe >= 0) close(probe);
-    if (listen_at(&ai, proto, state) == NULL) return strerror(errno);
+    if (listen_at(&ai, false, proto, state) == NULL) return strerror(errno);
     log_info("listening on unix:%s", path);
     return NULL;
 }
 
 /* Listens on every address of this host; "" is every address there is. All get the
  * same port, also when the kernel is to choose one. NULL, or what went wrong. */
-static const char *listen_tcp(const char *host, uint16_t port, const struct proto *proto, const void *state) {
+static const char *listen_tcp(const char *host, uint16_t port, bool tls, const struct proto *proto, const void *state) {
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *list;
     int error = getaddrinfo(*host != '\0' ? host : NULL, "0", &hints, &list), failed = EADDRNOTAVAIL;
     if (error != 0) return gai_strerror(error);
     for (struct addrinfo *ai = list; ai != NULL; ai = ai->ai_next) {
         if (ai->ai_family == AF_INET) ((struct sockaddr_in *)(void *)ai->ai_addr)->sin_port = htons(port);
         else ((struct sockaddr_in6 *)(void *)ai->ai_addr)->sin6_port = htons(port);
-        struct conn *l = listen_at(ai, proto, state);
+        struct conn *l = listen_at(ai, tls, proto, state);
         if (l == NULL && (errno == EAFNOSUPPORT || errno == EADDRNOTAVAIL)) continue;   /* no IPv6, say */
         failed = l == NULL ? errno : 0;
         if (l == NULL) break;
         port = l->peer.port;
-        log_info("listening on %s", addr_text(&l->peer));
+        log_info("listening on %s%s", addr_text(&l->peer), tls ? " (TLS)" : "");
     }
     freeaddrinfo(list);
     return failed != 0 ? strerror(failed) : NULL;
@@ -1072,6 +1179,7 @@ static void listener_closed(struct conn *l) {
 }
 
 static void conn_free(struct conn *c) {
+    SSL_free(c->ssl);
     close(c->fd);
     if (c->proto->freed != NULL) c->proto->freed(c);
     loop.n--;
@@ -1095,6 +1203,7 @@ static void conn_settle(struct conn *c) {
     if (!c->closing && c->in.len > 0 && !conn_paused(c)) conn_feed_kept(c);   /* it was paused */
     if (c->out.len == 0) buf_free(&c->out);
     if (c->out.len == 0 && c->swept && !c->lost && !c->fin_sent) {
+        if (c->ssl != NULL) SSL_shutdown(c->ssl);
         shutdown(c->fd, SHUT_WR);
         c->fin_sent = true;
     }
@@ -1131,6 +1240,11 @@ static void loop_signal(int number) {
     if (loop.signals++ > 0) _exit(1);
 }
 
+static void loop_hangup(int number) {
+    (void)number;
+    loop.hangups = 1;
+}
+
 /* Has every connection end; loop_run() returns when all have gone, or after a little
  * less than CLOSE_MS. */
 static void loop_stop(void) {
@@ -1156,11 +1270,12 @@ static void loop_run(void) {
                 c->blocked = false;
                 conn_touch(c);
             }
-            if ((events & ~POLLOUT) == 0) continue;
+            if ((events & ~POLLOUT) == 0 && c->ssl == NULL) continue;   /* TLS may read after it wrote */
             if (c->proto->accepted != NULL) listener_ready(c);
             else conn_read(c);   /* for POLLHUP and POLLERR too: it tells what happened */
         }
         if (loop.signals > 0 && loop.stop_ms == 0) loop_stop();
+        if (loop.hangups > 0) loop.hangups = 0, loop.reload();
         if (now.ms >= loop.tick_ms) loop_tick();
         loop_settle();
     }
@@ -1484,6 +1599,7 @@ static int http_answer(struct conn *c, const struct request *q) {
 }
 
 static ssize_t http_feed(struct conn *c, char *p, size_t n) {
+    if (c->plain) return http_refuse(c, "400 Bad Request", S(PLAIN), "this port speaks TLS: use https:// or wss://\n");
     bool blank = c->searched == 0 && *p == '\r';   /* skipped before a head (RFC 9112, 2.2) */
     if (blank && (n == 1 || p[1] == '\n')) return n == 1 ? 0 : 2;
     ssize_t end = http_head_end(c, p, n);
@@ -3367,17 +3483,13 @@ static const struct site page_site = {page_request, chat_upgraded};
 static struct {
     const char *binds[16];
     uint32_t n_binds;
+    uint64_t given;   /* one bit for each option: it was on the command line */
 } mains;
 
 static const char *take_bind(const char *value) {
     if (mains.n_binds == sizeof mains.binds / sizeof *mains.binds) return "too many";
     mains.binds[mains.n_binds++] = value;
     return NULL;
-}
-
-static const char *take_data(const char *value) {
-    opt.data = value;
-    return *value != '\0' ? NULL : "a directory was expected";
 }
 
 static const char *take_version(const char *value) {
@@ -3391,30 +3503,32 @@ static struct option {
     const char *name, *arg;                   /* arg: what stands behind it; NULL: nothing */
     char letter;
     uint32_t *number, min, max, initial;      /* where a number goes, or that it was given... */
-    const char *(*take)(const char *value);   /* ...or who takes a text; NULL, or what is wrong */
+    const char *(*take)(const char *value);   /* ...or who takes a text; NULL, or what is wrong... */
+    const char **text;                        /* ...or where it goes */
     const char *help;
-    bool given;
 } options[] = {
-    {"port", "N", 'p', &opt.port, 0, 65535, 7272, NULL, "port to listen on; 0 picks a free one", false},
-    {"bind", "ADDR", 'b', NULL, 0, 0, 0, take_bind, "address, address:port or unix:PATH; repeatable (all)", false},
-    {"max-message", "BYTES", 0, &opt.max_message, 128, 1 << 24, 65536, NULL, "longest message", false},
-    {"max-head", "BYTES", 0, &opt.max_head, 256, 1 << 20, 8192, NULL, "longest HTTP request head", false},
-    {"max-clients", "N", 0, &opt.max_clients, 1, 1000000, 10000, NULL, "connections at a time", false},
-    {"max-per-address", "N", 0, &opt.max_per_address, 0, 1000000, 256, NULL, "of these, of one address; 0: any", false},
-    {"max-rooms", "N", 0, &opt.max_rooms, 1, 1 << 24, 65536, NULL, "rooms at a time", false},
-    {"rate", "N", 0, &opt.rate, 0, 1000000, 50, NULL, "messages a second and client; 0: any", false},
-    {"burst", "N", 0, &opt.burst, 1, 1000000, 100, NULL, "messages at once and client", false},
-    {"backlog", "BYTES", 0, &opt.backlog, 4096, 1 << 28, 1 << 20, NULL, "how far a client may fall behind", false},
-    {"data", "DIR", 0, NULL, 0, 0, 0, take_data, "keep history in files there (in memory)", false},
-    {"retain", "BYTES", 0, &opt.retain, 4096, 4000000000, 1 << 24, NULL, "history kept of each room", false},
-    {"segment", "BYTES", 0, &opt.segment, 4096, 1 << 30, 1 << 20, NULL, "of it in one file", false},
-    {"fsync", NULL, 0, &opt.fsync, 0, 1, 0, NULL, "keep it through a loss of power too", false},
-    {"trust-proxy", "CIDR", 0, NULL, 0, 0, 0, http_trust, "proxy whose X-Forwarded-For counts; repeatable", false},
-    {"ping", "SECONDS", 0, &opt.ping_s, 1, 86400, 25, NULL, "silence before a ping; three and it is gone", false},
-    {"timeout", "SECONDS", 0, &opt.timeout_s, 1, 3600, 10, NULL, "time for a whole HTTP request", false},
-    {"verbose", NULL, 'v', &opt.verbose, 0, 1, 0, NULL, "log every connection", false},
-    {"version", NULL, 'V', NULL, 0, 0, 0, take_version, "print the version", false},
-    {"help", NULL, 'h', NULL, 0, 0, 0, take_help, "print this", false},
+    {"port", "N", 'p', &opt.port, 0, 65535, 7272, NULL, NULL, "port to listen on; 0 picks a free one"},
+    {"bind", "ADDR", 'b', NULL, 0, 0, 0, take_bind, NULL, "ADDR[:PORT], tls:.., plain:.., unix:PATH; repeatable"},
+    {"max-message", "BYTES", 0, &opt.max_message, 128, 1 << 24, 65536, NULL, NULL, "longest message"},
+    {"max-head", "BYTES", 0, &opt.max_head, 256, 1 << 20, 8192, NULL, NULL, "longest HTTP request head"},
+    {"max-clients", "N", 0, &opt.max_clients, 1, 1000000, 10000, NULL, NULL, "connections at a time"},
+    {"max-per-address", "N", 0, &opt.max_per_address, 0, 1000000, 256, NULL, NULL, "of these, of one address; 0: any"},
+    {"max-rooms", "N", 0, &opt.max_rooms, 1, 1 << 24, 65536, NULL, NULL, "rooms at a time"},
+    {"rate", "N", 0, &opt.rate, 0, 1000000, 50, NULL, NULL, "messages a second and client; 0: any"},
+    {"burst", "N", 0, &opt.burst, 1, 1000000, 100, NULL, NULL, "messages at once and client"},
+    {"backlog", "BYTES", 0, &opt.backlog, 4096, 1 << 28, 1 << 20, NULL, NULL, "how far a client may fall behind"},
+    {"data", "DIR", 0, NULL, 0, 0, 0, NULL, &opt.data, "keep history in files there (in memory)"},
+    {"retain", "BYTES", 0, &opt.retain, 4096, 4000000000, 1 << 24, NULL, NULL, "history kept of each room"},
+    {"segment", "BYTES", 0, &opt.segment, 4096, 1 << 30, 1 << 20, NULL, NULL, "of it in one file"},
+    {"fsync", NULL, 0, &opt.fsync, 0, 1, 0, NULL, NULL, "keep it through a loss of power too"},
+    {"tls-cert", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.tls_cert, "speak TLS, with this certificate chain"},
+    {"tls-key", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.tls_key, "its key (in the same file)"},
+    {"trust-proxy", "CIDR", 0, NULL, 0, 0, 0, http_trust, NULL, "proxy whose X-Forwarded-For counts; repeatable"},
+    {"ping", "SECONDS", 0, &opt.ping_s, 1, 86400, 25, NULL, NULL, "silence before a ping; three and it is gone"},
+    {"timeout", "SECONDS", 0, &opt.timeout_s, 1, 3600, 10, NULL, NULL, "time for a whole HTTP request"},
+    {"verbose", NULL, 'v', &opt.verbose, 0, 1, 0, NULL, NULL, "log every connection"},
+    {"version", NULL, 'V', NULL, 0, 0, 0, take_version, NULL, "print the version"},
+    {"help", NULL, 'h', NULL, 0, 0, 0, take_help, NULL, "print this"},
 };
 
 enum { N_OPTIONS = sizeof options / sizeof *options };
@@ -3440,7 +3554,9 @@ static void option_set(struct option *o, const char *value) {
     if (o->number != NULL && (number < o->min || number > o->max))
         usage("--%s: '%s' is not a number from %u to %u", o->name, value, o->min, o->max);
     if (o->number != NULL) *o->number = (uint32_t)number;
-    o->given = true;
+    if (o->text != NULL && *value == '\0') usage("--%s: %s is missing", o->name, o->arg);
+    if (o->text != NULL) *o->text = value;
+    mains.given |= (uint64_t)1 << (o - options);
 }
 
 /* Reads argument i: --name value, --name=value or -x value. Returns how many it took. */
@@ -3472,7 +3588,8 @@ static void options_read(int argc, char **argv) {
         for (int i = 0; i < n; i++) name[i] = name[i] == '-' ? '_' : name[i] >= 'a' ? (char)(name[i] - 32) : name[i];
         const char *value = getenv(name);
         bool flag = o->arg == NULL;   /* set by any value but 0 */
-        if (value == NULL || o->given || (flag && (o->number == NULL || strcmp(value, "0") == 0))) continue;
+        bool given = (mains.given >> (o - options) & 1) != 0;
+        if (value == NULL || given || (flag && (o->number == NULL || strcmp(value, "0") == 0))) continue;
         option_set(o, flag ? NULL : value);
     }
 }
@@ -3490,10 +3607,14 @@ static void limit_clients(void) {
     opt.max_clients = (uint32_t)most;
 }
 
-/* One --bind: "unix:/path", "127.0.0.1", "127.0.0.1:80", "[::1]:80" or "::1"; NULL is
- * every address. */
+/* One --bind: "unix:/path", "127.0.0.1", "127.0.0.1:80", "[::1]:80" or "::1", with
+ * "tls:" or "plain:" in front; NULL is every address. */
 static void listen_on(const char *spec) {
     slice host = slice_of(spec != NULL ? spec : ""), port = S("");
+    bool plain = slice_starts(host, S("plain:")), tls = slice_starts(host, S("tls:"));
+    if (plain || tls) slice_split(&host, ':');
+    if (tls && opt.tls_cert == NULL) usage("--bind: '%s' needs --tls-cert", spec);
+    tls = opt.tls_cert != NULL && !plain;
     bool local = slice_starts(host, S("unix:")), bracket = slice_starts(host, S("["));
     const char *colon = strchr(host.p, ':'), *why;
     char name[108] = "";
@@ -3505,12 +3626,26 @@ static void listen_on(const char *spec) {
     if (bad || (spec != NULL && host.len == 0)) usage("--bind: '%s' is not ADDR, ADDR:PORT or unix:PATH", spec);
     memcpy(name, host.p, host.len);
     if (local) why = listen_unix(name, &http_listener, &page_site);
-    else why = listen_tcp(name, (uint16_t)number, &http_listener, &page_site);
+    else why = listen_tcp(name, (uint16_t)number, tls, &http_listener, &page_site);
     if (why != NULL) die("--bind %s, --port %u: %s", spec != NULL ? spec : "(all)", opt.port, why);
+}
+
+/* Reads the certificate, when we start, and again at SIGHUP. False: it stays as it was. */
+static bool load_files(void) {
+    if (opt.tls_key != NULL && opt.tls_cert == NULL) usage("--tls-key needs --tls-cert");
+    const char *key = opt.tls_key != NULL ? opt.tls_key : opt.tls_cert;
+    const char *why = opt.tls_cert != NULL ? tls_load(opt.tls_cert, key) : NULL;
+    if (why != NULL) log_warn("--tls-cert %s, --tls-key %s: %s", opt.tls_cert, key, why);
+    return why == NULL;
+}
+
+static void reload_files(void) {
+    if (load_files()) log_info("SIGHUP: files read again");
 }
 
 int main(int argc, char **argv) {
     struct sigaction stop = {.sa_handler = loop_signal}, ignore = {.sa_handler = SIG_IGN};
+    struct sigaction hangup = {.sa_handler = loop_hangup};
     int fd = open("/dev/null", O_RDWR);   /* if stderr is closed, no socket must take its place */
     while (fd >= 0 && fd < 3) fd = open("/dev/null", O_RDWR);
     close(fd);
@@ -3524,12 +3659,14 @@ int main(int argc, char **argv) {
     rooms.by_name.key = room_key;
     rooms.unsaid = chat_unsaid;
     loop.flush = rooms_flush;
+    loop.reload = reload_files;
+    if (!load_files()) return 1;
     page_init();
     sigaction(SIGTERM, &stop, NULL);
     sigaction(SIGINT, &stop, NULL);
     sigaction(SIGPIPE, &ignore, NULL);
     sigaction(SIGXFSZ, &ignore, NULL);   /* write() says it too */
-    sigaction(SIGHUP, &ignore, NULL);
+    sigaction(SIGHUP, &hangup, NULL);
     if (mains.n_binds == 0) listen_on(NULL);
     for (uint32_t i = 0; i < mains.n_binds; i++) listen_on(mains.binds[i]);
     chat_init(loop.conn[0]->peer.port);

@@ -91,10 +91,12 @@ class Server:
         log = os.path.join(self.directory, "server%d.log" % self.count)
         with open(log, "w") as f:
             self.process = subprocess.Popen(
-                [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--rate", "0",
-                 "--max-message", "8192", "--data", self.data],
+                [self.binary, "--port", str(self.port), "--rate", "0", "--max-message", "8192",
+                 "--data", self.data, "--bind", "plain:127.0.0.1", "--bind", "tls:127.0.0.1:0",
+                 "--tls-cert", os.path.join(ROOT, "test", "localhost.pem")],
                 stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
-        self.port = port_from(log, self.process, r"listening on 127\.0\.0\.1:(\d+)", WAIT)
+        self.port = port_from(log, self.process, r"listening on 127\.0\.0\.1:(\d+)\n", WAIT)
+        self.tls_port = port_from(log, self.process, r"listening on 127\.0\.0\.1:(\d+) \(TLS\)", WAIT)
 
     def stop(self, signal_number=signal.SIGTERM):
         end_process(self.process, signal_number)
@@ -189,7 +191,7 @@ class Browser:
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
             "--disable-dev-shm-usage", "--window-size=1000,700", "--lang=" + language,
             "--accept-lang=" + language, "--user-data-dir=" + profile]}
-        capabilities = {"browserName": "chrome", "goog:chromeOptions": options,
+        capabilities = {"browserName": "chrome", "acceptInsecureCerts": True, "goog:chromeOptions": options,
                         "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
         session = driver.call("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
         self.path = "/session/" + session["sessionId"]
@@ -819,6 +821,20 @@ def nothing_from_elsewhere(ann, bob, server, room):
             r"(http|ws)://127\.0\.0\.1:%d/|data:|about:|chrome:" % server.port, u)]
         same(foreign, [], "requests to other places")
         same(bool(urls), True, "requests were seen at all")
+
+
+@case
+def over_tls(ann, bob, server, room):
+    """The page by https, the chat by wss, beside one in plain text."""
+    plain, bob.url = bob.url, "https://localhost:%d/" % server.tls_port
+    try:
+        meet(ann, bob, room)
+        bob.say("in secret")
+        ann.sees("in secret")
+        ann.say("aloud")
+        bob.sees("aloud")
+    finally:
+        bob.url = plain
 
 
 @case

@@ -17,6 +17,7 @@ anything before it (see Ws.fence).
     XCHAT       the binary (default: ./xchat at the repository root)
     XCHAT_WRAP  a command in front of it, such as "valgrind --leak-check=full"
     XCHAT_SLOW  factor by which every deadline is longer (default 1)
+    XCHAT_TLS   if it is set, all that is tested is tested over TLS
 """
 
 import base64
@@ -33,6 +34,7 @@ import re
 import shlex
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -43,6 +45,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 XCHAT = os.path.abspath(os.environ.get("XCHAT") or os.path.join(ROOT, "xchat"))
 WRAP = shlex.split(os.environ.get("XCHAT_WRAP", ""))
 SLOW = float(os.environ.get("XCHAT_SLOW", "1"))
+CERTIFICATE = os.path.join(ROOT, "test", "localhost.pem")  # with its key; for nothing but tests
+TLS = bool(os.environ.get("XCHAT_TLS"))
 DEADLINE = 5 * SLOW  # for one answer of a server that has nothing else to do
 
 # What a sanitizer or valgrind says when it has found something.
@@ -91,7 +95,8 @@ def environment(env=None):
     """Ours without XCHAT_*, which are options of the server, plus `env`. Whatever
     starts is on loopback and a free port, unless its command line says otherwise."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("XCHAT")}
-    clean.update({"XCHAT_BIND": "127.0.0.1", "XCHAT_PORT": "0"}, **(env or {}))
+    clean.update({"XCHAT_BIND": "127.0.0.1", "XCHAT_PORT": "0"}, **({"XCHAT_TLS_CERT": CERTIFICATE} if TLS else {}))
+    clean.update(env or {})
     return {k: v for k, v in clean.items() if v is not None}
 
 
@@ -106,6 +111,14 @@ def run(*options, env=None):
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
+def trusting(certificate=CERTIFICATE, **settings):
+    """What a TLS client knows: that this certificate is good, and these settings."""
+    context = ssl.create_default_context(cafile=certificate)
+    for name, value in settings.items():
+        setattr(context, name, value)
+    return context
+
+
 class Server:
     """One running xchat, on loopback and a port of its own choosing.
 
@@ -115,6 +128,7 @@ class Server:
 
     def __init__(self, *options, env=None, shell=None, cwd=None):
         self.listeners = []         # as logged: "127.0.0.1:43211", "[::1]:43211", "unix:/path"
+        self.tls = []               # is it a TLS port?
         self.want_status = 0        # a case that ends the server in its own way changes this
         self.asked_to_stop = False
         self.streams = set()        # open connections of the case: they live until it ends
@@ -140,6 +154,7 @@ class Server:
             with self.news:
                 self.lines.append(line)
                 self.listeners += re.findall(r"listening on (\S+)", line)
+                self.tls += [tls != "" for tls in re.findall(r"listening on \S+( \(TLS\)|)", line)]
                 self.news.notify_all()
         with self.news:
             self.log_ended = True
@@ -247,7 +262,8 @@ class Server:
 class Stream:
     """A TCP or Unix connection that is read with a deadline."""
 
-    def __init__(self, server, at=0, source=None, rcvbuf=None):
+    def __init__(self, server, at=0, source=None, rcvbuf=None, tls=None):
+        """`tls` is a context; without one, a TLS port is trusted. False: in plain text."""
         family, address = server.address(at)
         self.sock = socket.socket(family)
         self.sock.settimeout(DEADLINE)
@@ -258,6 +274,8 @@ class Stream:
         if source:
             self.sock.bind((source, 0))
         self.sock.connect(address)
+        if tls or tls is None and server.tls[at]:
+            self.sock = (tls or trusting()).wrap_socket(self.sock, server_hostname="localhost")
         self.streams = server.streams
         self.streams.add(self)
         self.buffer = b""
@@ -268,7 +286,7 @@ class Stream:
         try:
             self.sock.sendall(data)
             return True
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLError):
             return False
         except TimeoutError:
             raise AssertionError("the server does not read") from None
@@ -280,7 +298,7 @@ class Stream:
             data = b"" if self.ended else self.sock.recv(1 << 18)
         except TimeoutError:
             raise AssertionError(f"no answer in {seconds:g} s") from None
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLError):
             data = b""
         self.sock.settimeout(DEADLINE)
         self.ended = self.ended or not data

@@ -1421,7 +1421,7 @@ static void test_silence(void) {
 
 /* The status that the program would end with; 0 when it goes on. */
 static int options_status(int argc, const char *const *argv) {
-    for (struct option *o = options; o < options + N_OPTIONS; o++) o->given = false;
+    mains.given = 0;
     http.n_proxies = mains.n_binds = 0;
     fake.log_len = 0;
     fake.catching = true;

@@ -1,0 +1,319 @@
+"""TLS: the same chat, and what is special when its bytes are encrypted.
+
+The whole of chat.py runs over TLS too (see test/run). The certificates in this
+directory are for these tests and nothing else: everybody has their keys.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import ssl
+import tempfile
+
+from harness import (CERTIFICATE, CLOSE, DEADLINE, SLOW, TEXT, Bystander, Http, Server, Stream, Ws, case, check,
+                     frame, get, instrumented, join, main, run, trusting, until)
+
+OTHER = os.path.join(os.path.dirname(CERTIFICATE), "other.pem")
+TLS = ("--tls-cert", CERTIFICATE)
+
+
+def subject(s):
+    """The name in the certificate that is served now."""
+    context = trusting(OTHER)
+    context.load_verify_locations(CERTIFICATE)
+    with contextlib.closing(Stream(s, tls=context)) as stream:
+        return dict(field[0] for field in stream.sock.getpeercert()["subject"])["commonName"]
+
+
+def refused(s, **settings):
+    """Why a client with these settings does not get in."""
+    try:
+        Stream(s, tls=trusting(**settings)).close()
+    except (ssl.SSLError, ConnectionError) as error:
+        return str(error)
+    raise AssertionError(f"{settings} was let in")
+
+
+@case(*TLS, rows=[("1.2", ssl.TLSVersion.TLSv1_2), ("1.3", ssl.TLSVersion.TLSv1_3)])
+def versions(s, name, version):
+    """The page and the chat, over each version."""
+    context = trusting(minimum_version=version, maximum_version=version)
+    http = Http(s, tls=context)
+    check(http.sock.version() == "TLSv" + name, http.sock.version())
+    check(b"<title>" in http.ask().body, "no page")
+    ann, bob = join(s, "room", "Ann", "Bob", tls=context)
+    ann.say("hello")
+    bob.expect("say", content="hello")
+
+
+@case(*TLS)
+def old_versions(s):
+    """TLS 1.1 is refused, and the log of it is quiet."""
+    context = trusting(minimum_version=ssl.TLSVersion.TLSv1, maximum_version=ssl.TLSVersion.TLSv1_1)
+    with contextlib.suppress(ssl.SSLError):
+        context.set_ciphers("ALL:@SECLEVEL=0")
+    try:
+        Stream(s, tls=context)
+        raise AssertionError("TLS 1.1 was let in")
+    except (ssl.SSLError, ConnectionError):
+        pass
+    join(s, "room", "Ann")
+
+
+@case(*TLS)
+def next_protocol(s):
+    """http/1.1 is chosen of several; who speaks none of ours is refused; who does not ask is let in."""
+    for offer, chosen in (["h2", "http/1.1"], "http/1.1"), (["http/1.1"], "http/1.1"), ([], None):
+        context = trusting()
+        if offer:
+            context.set_alpn_protocols(offer)
+        http = Http(s, tls=context)
+        check(http.sock.selected_alpn_protocol() == chosen, offer, "gave", http.sock.selected_alpn_protocol())
+        check(http.ask("/health").body == b"ok\n")
+    context = trusting()
+    context.set_alpn_protocols(["h2"])
+    try:
+        Stream(s, tls=context)
+        raise AssertionError("h2 alone was let in")
+    except ssl.SSLError:
+        pass
+
+
+@case(*TLS)
+def tickets(s):
+    """A client that comes again resumes its session, also after many others."""
+    for version in ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3:
+        context = trusting(minimum_version=version, maximum_version=version)
+        http = Http(s, tls=context)
+        http.ask("/health")   # in 1.3 the ticket comes behind the handshake
+        session = http.sock.session
+        raw = socket.create_connection(s.address()[1], DEADLINE)
+        again = context.wrap_socket(raw, server_hostname="localhost", session=session)
+        check(again.session_reused, version, "was not resumed")
+        again.close()
+
+
+@case(*TLS)
+def plain_text_on_a_tls_port(s):
+    """A readable answer, and the end."""
+    for raw in get(), b"\r\n\r\n" + get(), b"GET", b"\0\0\0\0", b"\x17\x03\x03":
+        http = Http(s, tls=False)
+        http.send(raw)
+        answer = http.answer()
+        check(answer.status == 400 and b"https://" in answer.body and b"wss://" in answer.body, raw, answer)
+        http.expect_end()
+
+
+@case(*TLS, "--timeout", "1", around=Bystander)
+def broken_hellos(s):
+    """A hello that is cut, garbled, or followed by garbage hurts nobody."""
+    hello, streams, before = hello_bytes(), [], descriptors(s)
+    for raw in hello[:1], hello[:5], hello[:-1], hello[:40] + b"\xff" * 500, b"\x16" * 70000, \
+            b"\x16\x03\x01\xff\xff" + b"x" * 70000, hello + b"\x15\x03\x03\x00\x02\x02\x28", hello + b"\0" * 100:
+        stream = Stream(s, tls=False)
+        stream.send(raw)
+        streams.append(stream)
+    for stream in streams:
+        while stream.more(5 * SLOW):   # at the deadline, or before
+            pass
+        stream.close()
+    until(lambda: descriptors(s) == before, "descriptors are left")
+
+
+def hello_bytes():
+    """A client's first flight."""
+    inside, outside = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = trusting().wrap_bio(inside, outside, server_hostname="localhost")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outside.read()
+
+
+def descriptors(s):
+    """How many the server has open; None where that cannot be seen."""
+    path = f"/proc/{s.pid}/fd"
+    return None if instrumented() or not os.path.isdir(path) else len(os.listdir(path))
+
+
+@case(*TLS)
+def byte_by_byte(s):
+    """A handshake and a request may come in pieces of one byte."""
+    inside, outside = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = trusting().wrap_bio(inside, outside, server_hostname="localhost")
+    raw = socket.create_connection(s.address()[1], DEADLINE)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def flush():
+        for byte in outside.read():
+            raw.send(bytes([byte]))
+
+    def patiently(step):
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:
+                flush()
+                inside.write(raw.recv(1))
+    patiently(client.do_handshake)
+    client.write(get("/health"))
+    flush()
+    answer = b""
+    while not answer.endswith(b"ok\n"):
+        answer += patiently(client.read)
+    raw.close()
+
+
+@case(*TLS, "--timeout", "2", "--max-per-address", "0", serial=True)
+def stalled_handshakes(s):
+    """500 who begin and say nothing more: nobody else notices, and all are gone at the deadline."""
+    before = descriptors(s)
+    with Bystander(s, patience=DEADLINE) as talking:
+        stalled = [socket.create_connection(s.address()[1]) for _ in range(500)]
+        for i, sock in enumerate(stalled):
+            sock.send(hello_bytes()[:100] if i % 2 else b"")
+        for sock in stalled:
+            sock.settimeout(10 * SLOW)
+            with contextlib.suppress(ConnectionError):
+                while sock.recv(4096):
+                    pass
+            sock.close()
+    check(len(talking.latencies) > 10, "the talk stood still")
+    until(lambda: descriptors(s) == before, "descriptors are left")
+
+
+@case(*TLS, "--backlog", "16777216", "--max-message", "1000000", "--rate", "0")
+def slow_reader(s):
+    """What TLS has encrypted but could not send is sent before anything else: nothing is mixed up."""
+    ann, eve = join(s, "room", "Ann", "Eve", rcvbuf=4096)
+    words = ["%d " % i * (i * 37 % 3000) for i in range(400)] + ["x" * 900000]
+    for i, word in enumerate(words):
+        ann.say(word)
+        if i % 7 == 0:   # private answers for the one who does not read
+            eve.send_json(type="ping", ref=str(i))
+        ann.expect("say", content=word)
+    heard, pongs = [], []
+    while len(heard) < len(words):
+        message = eve.message()
+        if message["type"] == "pong":
+            pongs.append(int(message["ref"]))
+        elif message["type"] == "say":
+            heard.append(message["content"])
+    check(heard == words, "the words are not the same")
+    check(pongs == sorted(pongs) and len(pongs) <= 58, pongs)
+
+
+@case(*TLS)
+def large_input(s):
+    """Messages over many records, and many messages in one record."""
+    ann, bob = join(s, "room", "Ann", "Bob")
+    ann.say("x" * 60000)
+    bob.expect("say", content="x" * 60000)
+    ann.send(b"".join(frame(TEXT, '{"type":"ping","ref":"%d"}' % i) for i in range(90)))
+    ann.expect("say")
+    for i in range(90):
+        ann.expect("pong", ref=str(i))
+
+
+@case(*TLS)
+def goodbye(s):
+    """A close frame, and TLS's own goodbye, come before the end; who just hangs up hurts nobody."""
+    ann, bob, eve = join(s, "room", "Ann", "Bob", "Eve")
+    ann.sock.suppress_ragged_eofs = False
+    ann.send(frame(CLOSE, b"\x03\xe8"))
+    check(ann.next_frame() == (CLOSE, b"\x03\xe8"), "no close frame")
+    check(ann.sock.recv(10) == b"", "no goodbye of TLS")   # raises if there was none
+    bob.expect("logout", from_client_id=ann.id)
+    eve.reset()
+    bob.expect("logout", from_client_id=eve.id)
+    last = Ws(s)
+    last.login("Last", "room")
+    bob.expect("login")
+    raw = socket.socket(fileno=os.dup(last.sock.fileno()))
+    raw.shutdown(socket.SHUT_WR)   # without TLS's goodbye
+    bob.expect("logout", from_client_id=last.id)
+    raw.close()
+
+
+@case()
+def new_certificate():
+    """SIGHUP: a new certificate for who comes, and nobody is dropped. A bad one changes nothing, and the log says so."""
+    with tempfile.TemporaryDirectory() as d:
+        path = os.path.join(d, "cert.pem")
+        shutil.copy(CERTIFICATE, path)
+        with Server("--tls-cert", path) as s:
+            ann, bob = join(s, "room", "Ann", "Bob")
+            check(subject(s) == "localhost", subject(s))
+            shutil.copy(OTHER, path)
+            check(subject(s) == "localhost", "read without being told")
+            s.signal(signal.SIGHUP)
+            s.wait_log("read again")
+            check(subject(s) == "other", "the old certificate is served")
+            with open(path, "w") as file:
+                file.write("nothing\n")
+            s.signal(signal.SIGHUP)
+            s.wait_log(f"(?m)warn.*--tls-cert {path}")
+            check(subject(s) == "other", "the last good certificate has gone")
+            ann.say("hello")
+            bob.expect("say", content="hello")
+
+
+@case()
+def two_ports():
+    """Plain text and TLS side by side, in one room; a port of each kind in any order."""
+    with Server(*TLS, "--bind", "plain:127.0.0.1:0", "--bind", "127.0.0.1:0", "--bind", "tls:[::1]:0") as s:
+        check(s.tls == [False, True, True], s.tls)
+        ann, bob, eve = (Ws(s, at=at) for at in range(3))
+        for client, name in (ann, "Ann"), (bob, "Bob"), (eve, "Eve"):
+            client.login(name, "room")
+        ann.say("hello")
+        eve.expect("say", content="hello")
+
+
+@case()
+def files():
+    """Status 1 and one line that names the option when certificate and key cannot be used."""
+    with tempfile.TemporaryDirectory() as d:
+        with open(CERTIFICATE) as file:
+            certificate, _, key = file.read().partition("-----BEGIN PRIVATE KEY-----")
+        paths = {}
+        for name, text in ("cert", certificate), ("key", "-----BEGIN PRIVATE KEY-----" + key), ("empty", ""):
+            paths[name] = os.path.join(d, name)
+            with open(paths[name], "w") as file:
+                file.write(text)
+        with Server("--tls-cert", paths["cert"], "--tls-key", paths["key"]) as s:
+            join(s, "room", "Ann")
+        for options in (["--tls-cert", "/nosuch/file"], ["--tls-cert", paths["empty"]], ["--tls-cert", paths["cert"]],
+                        ["--tls-cert", paths["cert"], "--tls-key", OTHER], ["--tls-cert", d],
+                        ["--tls-cert", paths["cert"], "--tls-key", paths["empty"]]):
+            status, _, err = run(*options)
+            check(status == 1 and err.count("\n") == 1 and "--tls-cert" in err, options, status, err)
+        for options in ["--bind", "tls:127.0.0.1"], ["--tls-cert", ""], ["--tls-key", CERTIFICATE]:
+            status, _, err = run(*options)
+            check(status == 2 and err.count("\n") == 1, options, status, err)
+
+
+@case(*TLS, serial=True)
+def memory(s):
+    """An idle TLS client costs little; what those who left had is there for others."""
+    clients = join(s, "room", "Ann")
+    before = s.status("VmRSS")
+    if before is None:
+        return
+    many = [Ws(s) for _ in range(200)]
+    for i, client in enumerate(many):
+        client.login("Eve", f"room {i}")
+    each = (s.status("VmRSS") - before) / 200
+    check(each < 16, f"{each:.1f} KiB each")
+    for client in many:
+        client.close()
+    peak = s.status("VmRSS")
+    again = [Ws(s) for _ in range(200)]
+    until(lambda: s.status("VmRSS") < peak + 500, "memory of those who left is not used again")
+    check(len(again) == 200)
+    clients.close()
+
+
+if __name__ == "__main__":
+    main()
