@@ -1944,7 +1944,7 @@ static bool history_line(struct history *h, uint64_t at, bool back, slice *line)
         w = !in ? S("") : back ? slice_take(w, split) : slice_cut(w, split);
         if (back) while (n < w.len && (n == 0 || w.p[w.len - 1 - n] != '\n')) n++;
         else while (n < w.len && (n == 0 || w.p[n - 1] != '\n')) n++;
-        bool whole = back ? n < w.len || at - n == low : n > 0 && w.p[n - 1] == '\n';
+        bool whole = back ? n < w.len || at - n == low : at + n == high || (n > 0 && w.p[n - 1] == '\n');
         *line = (slice){back ? w.p + w.len - n : w.p, n};
         if (whole || n >= LINE_MAX_BYTES) return true;
         while (want <= n) want *= 2;

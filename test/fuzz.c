@@ -1,9 +1,10 @@
 /* Fuzz target for everything that strangers can send: HTTP heads, WebSocket frames,
- * JSON and chat messages, through the same functions that the loop calls.
+ * JSON and chat messages, through the same functions that the loop calls; and for the
+ * files of a history, which a crash or a bad disk may have damaged.
  *
  * The first byte of an input chooses how it travels; the rest is what one connection
  * sends, cut into reads of that size. The descriptor is -1: nothing is really written,
- * and the connection ends when something is sent.
+ * and the connection ends when something is sent. Or (0x40) the rest is two files.
  *
  *     clang -fsanitize=fuzzer,address,undefined test/fuzz.c -lssl -lcrypto
  */
@@ -15,6 +16,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 
 static struct conn *listener;
+static char dir[64];
 
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc, (void)argv;
@@ -30,6 +32,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     loop.flush = rooms_flush;
     page_init();
     chat_init(7272);
+    snprintf(dir, sizeof dir, "%s/xchat-fuzz-XXXXXX", access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp");
+    if (mkdtemp(dir) == NULL) abort();
     listener = xcalloc(sizeof *listener);
     listener->state = (void *)(uintptr_t)&page_site;
     return 0;
@@ -41,8 +45,54 @@ static struct conn *connect_one(void) {
     return c;
 }
 
+static void lay(uint64_t start, const uint8_t *p, size_t n) {
+    char name[40];
+    snprintf(name, sizeof name, "rooms/f/%016llx.log", (unsigned long long)start);
+    int fd = openat(histories.dir_fd, name, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    if (fd < 0 || write(fd, p, n) != (ssize_t)n) abort();
+    close(fd);
+}
+
+/* Whatever is in the files: reading forth and back finds the same messages, each id is
+ * one to resume from, and what is said then is there, behind all of them. */
+static void fuzz_history(const uint8_t *data, size_t size) {
+    histories.dir_fd = open(dir, O_RDONLY | O_DIRECTORY);
+    mkdirat(histories.dir_fd, "rooms", 0700), mkdirat(histories.dir_fd, "rooms/f", 0700);
+    size_t split = size * data[0] / 256, shift = data[1] & 3;   /* overlap, fit, or leave a gap */
+    lay(0, data + 2, split > 2 ? split - 2 : 0);
+    if (split > 2) lay(split - 2 + (shift == 3 ? 1 : shift == 2 && split > 3 ? -1u : 0), data + split, size - split);
+    struct history *h = history_open(S("rooms/f"));
+    char said[] = "{\"type\":\"say\",\"id\":\"00000000-0000000000000000\"}";
+    uint64_t back = h->end, end = h->end, forth = h->base;
+    size_t n = 0, m = 0;
+    for (slice line; history_before(h, &back, &line); n++) {
+        char id[ID_BYTES + 1];
+        history_id((uint32_t)h->epoch, back + line.len + 1, id);
+        if (history_position(h, slice_of(id)) < 0) abort();
+    }
+    for (slice line; history_next(h, &forth, end, &line); m++) continue;
+    if (n != m || forth != end) abort();
+    history_add(h, slice_of(said), said + 20);
+    if (!history_commit(h)) abort();
+    history_forget(h);
+    back = h->end;
+    slice line;
+    if (!history_before(h, &back, &line) || back != end || !slice_eq(line, slice_of(said))) abort();
+    while (h->segments > 0) {
+        unlinkat(histories.dir_fd, history_file_path(h, h->segment[0]).text, 0);
+        history_drop(h, 1);
+    }
+    history_close(h);
+    close(histories.dir_fd);
+    histories.dir_fd = -1;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (size < 1) return 0;
+    if ((data[0] & 0xc0) == 0x40) {
+        if (size > 4) fuzz_history(data + 1, size - 1);
+        return 0;
+    }
     size_t step = (size_t)(data[0] & 0x3f) + 1;
     struct conn *c = connect_one();
     if ((data[0] & 0x80) != 0) {   /* skip the upgrade, which random bytes never pass */

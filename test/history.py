@@ -1363,7 +1363,8 @@ def damage_in_the_middle():
         for name, files in [
                 ("long", [["a", "b", b"x" * size + b"\n", "c"]]),
                 ("short", [["a", "b", b"x\n" * (size // 2), "c"]]),
-                ("file", [["a", "b"], [b"xxxxxxx\n" * (size // 8)], [b"yyy\n" * 100], ["c"]])]:
+                ("file", [["a", "b"], [b"xxxxxxx\n" * (size // 8)], [b"yyy\n" * 100], ["c"]]),
+                ("torn", [["a", "b", b"x" * size], ["c"]])]:   # no line end in a file that is not the last
             with directory() as d:
                 rooms[f"{name}-{size}"] = (files, None, lay(d, "room", *files), [], None)
     rooms["nothing-good"] = ([[b"x" * 100000 + b"\n", b"\n" * 1000, b"{}\n" * 1000]], None, [], [], None)
