@@ -76,6 +76,15 @@
 #include <openssl/sha.h>
 #include <openssl/ssl.h>
 
+/* Linux can wait for many without looking at each (chapter 4); -DXCHAT_PURE_POLL does
+ * without that, as other systems must. */
+#if defined(__linux__) && !defined(XCHAT_PURE_POLL)
+#include <sys/epoll.h>
+#define PARKING 1
+#else
+#define PARKING 0
+#endif
+
 #if defined(__GNUC__)
 #define PRINTF(text, first) __attribute__((format(printf, text, first)))
 #else
@@ -116,6 +125,7 @@ enum {
     REFUSED_MAX = 8,          /* connections beyond a limit that get an answer, at a time */
     TLS_RECORD = 16384,       /* bytes that TLS encrypts, and we hand to it, at once */
     OUT_HIGH = 65536,         /* who has more unread answers is not read from */
+    PARKED_READY = 1024,      /* parked connections that are handled in one round */
     TICK_MS = 1000,           /* how often deadlines are looked at */
     CLOSE_MS = 5000,          /* to send the rest, and to see the peer go */
     LOG_LINE_MAX = 480        /* bytes; the rest is cut */
@@ -744,7 +754,12 @@ static void table_remove(struct table *t, slice key) {
  * that has a descriptor is a `struct conn`, and poll(2) says who is ready:
  *
  *     loop.pfd    | listener | browser | phone | browser | ...
- *     loop.conn   |    o     |    o    |   o   |    o    | ...
+ *     loop.polled |    o     |    o    |   o   |    o    | ...
+ *
+ * Its flaw is that it looks at every descriptor at every wake-up: with ten thousand of
+ * them it does little else. Where there is epoll(7), all but the listeners are parked
+ * in an epoll set, which remembers who is ready; and that set has a descriptor itself,
+ * which stands in the poll set for all of them. The loop stays the same.
  *
  * A protocol is a chapter that supplies a `struct proto`: one function that consumes
  * input, and a few for the turning points of a connection's life. HTTP becomes
@@ -814,10 +829,13 @@ struct conn {
     int64_t deadline_ms;           /* the protocol's; a listener accepts nothing before it */
     SSL *ssl;                      /* NULL: plain text */
     int fd;
-    uint32_t slot;                 /* where it stands in the poll set */
+    uint32_t slot;                 /* where it stands in loop.conn... */
+    uint32_t place;                /* ...and, unless it is parked, in the poll set */
     uint32_t searched;             /* bytes of `in` that were looked at already */
     struct addr peer;
+    short events;                  /* what it waits for */
     bool dirty : 1, closing : 1, swept : 1, fin_sent : 1, eof : 1, lost : 1;
+    bool parked : 1;                           /* in the epoll set */
     bool blocked : 1;                          /* the kernel's send buffer is full */
     bool muted : 1;                            /* TLS must read before it can write */
     bool hello : 1;                            /* TLS is to begin; a listener's: with all it accepts */
@@ -826,9 +844,12 @@ struct conn {
 };
 
 static struct {
-    struct pollfd *pfd;
-    struct conn **conn;
+    struct conn **conn;            /* all */
     uint32_t n, cap;
+    struct pollfd *pfd;            /* those in the poll set... */
+    struct conn **polled;          /* ...and who they are; NULL: the epoll set */
+    uint32_t n_polled, polled_cap;
+    int epoll;                     /* 0: none */
     struct conn *dirty;            /* has something to write or to end, after this round */
     bool (*flush)(void);           /* chapter 7's: send what rooms have gathered */
     int64_t tick_ms;               /* next look at the deadlines */
@@ -878,17 +899,53 @@ static const char *addr_text(const struct addr *a) {
 
 /* ---- The poll set. ---- */
 
-/* Takes the descriptor. The connection ends by conn_close() or conn_lost(). */
-static struct conn *conn_new(int fd, const struct proto *proto, void *state) {
+static uint32_t poll_add(int fd, short events, struct conn *c) {
+    if (loop.n_polled == loop.polled_cap) {
+        loop.polled_cap = loop.polled_cap > 0 ? loop.polled_cap * 2 : 16;
+        loop.pfd = xrealloc(loop.pfd, loop.polled_cap * sizeof *loop.pfd);
+        loop.polled = xrealloc(loop.polled, loop.polled_cap * sizeof *loop.polled);
+    }
+    loop.pfd[loop.n_polled] = (struct pollfd){.fd = fd, .events = events};
+    loop.polled[loop.n_polled] = c;
+    return loop.n_polled++;
+}
+
+#if PARKING
+static_assert(EPOLLIN == POLLIN && EPOLLOUT == POLLOUT && EPOLLHUP == POLLHUP && EPOLLERR == POLLERR, "the same");
+
+/* Parks a connection, or changes what it waits for. False: it cannot be parked. */
+static bool park(struct conn *c) {
+    struct epoll_event e = {.events = (uint32_t)c->events, .data.ptr = c};
+    if (loop.epoll == 0) {
+        loop.epoll = epoll_create1(EPOLL_CLOEXEC);
+        if (loop.epoll > 0) poll_add(loop.epoll, POLLIN, NULL);
+    }
+    return epoll_ctl(loop.epoll, c->parked ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, c->fd, &e) == 0;
+}
+
+static void park_ready(void (*ready)(struct conn *c, short events)) {
+    struct epoll_event e[PARKED_READY];
+    int n = epoll_wait(loop.epoll, e, PARKED_READY, 0);
+    for (int i = 0; i < n; i++) ready(e[i].data.ptr, (short)e[i].events);
+}
+#else
+static bool park(struct conn *c) { return (void)c, false; }
+static void park_ready(void (*ready)(struct conn *c, short events)) { (void)ready; }
+#endif
+
+/* Takes the descriptor; it is `parked` if that can be. The connection ends by
+ * conn_close() or conn_lost(). */
+static struct conn *conn_new(int fd, const struct proto *proto, void *state, bool parked) {
     if (loop.n == loop.cap) {
         loop.cap = loop.cap > 0 ? loop.cap * 2 : 16;
-        loop.pfd = xrealloc(loop.pfd, loop.cap * sizeof *loop.pfd);
         loop.conn = xrealloc(loop.conn, loop.cap * sizeof *loop.conn);
     }
     struct conn *c = xcalloc(sizeof *c);
-    *c = (struct conn){.fd = fd, .proto = proto, .state = state, .heard_ms = now.ms, .slot = loop.n++};
+    *c = (struct conn){.fd = fd, .proto = proto, .state = state, .heard_ms = now.ms, .events = POLLIN};
+    c->slot = loop.n++;
     loop.conn[c->slot] = c;
-    loop.pfd[c->slot] = (struct pollfd){.fd = fd, .events = POLLIN};
+    c->parked = parked && park(c);
+    if (!c->parked) c->place = poll_add(fd, POLLIN, c);
     return c;
 }
 
@@ -919,6 +976,15 @@ static short conn_interest(const struct conn *c) {
     bool listens = c->proto->accepted != NULL;
     bool reads = c->closing ? !c->eof : listens ? now.ms >= c->deadline_ms : !conn_paused(c) || c->muted;
     return (short)((reads ? POLLIN : 0) | (c->blocked ? POLLOUT : 0));
+}
+
+/* Tells the kernel what this connection waits for now. */
+static void conn_watch(struct conn *c) {
+    short events = conn_interest(c);
+    if (events == c->events) return;
+    c->events = events;
+    if (!c->parked) loop.pfd[c->place].events = events;
+    else park(c);
 }
 
 /* ---- TLS. ---- */
@@ -1100,7 +1166,7 @@ static void listener_ready(struct conn *l) {
         }
         if (fd < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return;
         if (fd < 0) continue;   /* ECONNABORTED and the like: that one has gone */
-        struct conn *c = conn_new(fd, l->proto, NULL);
+        struct conn *c = conn_new(fd, l->proto, NULL, true);
         c->peer = addr_of(&from);
         c->hello = l->hello;
         l->proto->accepted(l, c);
@@ -1120,7 +1186,7 @@ static struct conn *listen_at(const struct addrinfo *ai, bool tls, const struct 
     if (ai->ai_family == AF_INET6) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one);
     if (bind(fd, ai->ai_addr, ai->ai_addrlen) == 0 && listen(fd, 4096) == 0 && fd_prepare(fd) == 0 &&
         getsockname(fd, (struct sockaddr *)&bound, &len) == 0) {
-        struct conn *l = conn_new(fd, proto, (void *)(uintptr_t)state);
+        struct conn *l = conn_new(fd, proto, (void *)(uintptr_t)state, false);
         l->peer = addr_of(&bound);
         l->hello = tls;
         return l;
@@ -1182,10 +1248,13 @@ static void conn_free(struct conn *c) {
     SSL_free(c->ssl);
     close(c->fd);
     if (c->proto->freed != NULL) c->proto->freed(c);
-    loop.n--;
-    loop.pfd[c->slot] = loop.pfd[loop.n];
-    loop.conn[c->slot] = loop.conn[loop.n];
+    loop.conn[c->slot] = loop.conn[--loop.n];
     loop.conn[c->slot]->slot = c->slot;
+    if (!c->parked) {   /* closing has taken it out of the epoll set, but not out of this */
+        loop.pfd[c->place] = loop.pfd[--loop.n_polled];
+        loop.polled[c->place] = loop.polled[loop.n_polled];
+        if (loop.polled[c->place] != NULL) loop.polled[c->place]->place = c->place;
+    }
     buf_free(&c->in);
     buf_free(&c->out);
     free(c);
@@ -1207,7 +1276,7 @@ static void conn_settle(struct conn *c) {
         shutdown(c->fd, SHUT_WR);
         c->fin_sent = true;
     }
-    loop.pfd[c->slot].events = conn_interest(c);
+    conn_watch(c);
     bool over = c->lost || c->proto->accepted != NULL || (c->fin_sent && c->eof);
     if (c->swept && over && !c->dirty) conn_free(c);
 }
@@ -1254,25 +1323,29 @@ static void loop_stop(void) {
     for (uint32_t i = 0; i < loop.n; i++) conn_close(loop.conn[i], "server is stopping");
 }
 
+static void conn_ready(struct conn *c, short events) {
+    if ((events & POLLOUT) != 0) {
+        c->blocked = false;
+        conn_touch(c);
+    }
+    if ((events & ~POLLOUT) == 0 && c->ssl == NULL) return;   /* TLS may read after it wrote */
+    if (c->proto->accepted != NULL) listener_ready(c);
+    else conn_read(c);   /* for POLLHUP and POLLERR too: it tells what happened */
+}
+
 /* Runs until a signal, and then until everything has ended. A signal that comes just
  * before poll() is seen at the next tick. */
 static void loop_run(void) {
     while (loop.n > 0 && (loop.stop_ms == 0 || now.ms < loop.stop_ms)) {
         int64_t wait_ms = loop.tick_ms - now.ms;
-        int ready = poll(loop.pfd, loop.n, wait_ms > 0 ? (int)wait_ms : 0);
+        int ready = poll(loop.pfd, loop.n_polled, wait_ms > 0 ? (int)wait_ms : 0);
         clock_read();
         for (uint32_t i = 0; ready > 0; i++) {   /* those accepted meanwhile stand behind */
-            struct conn *c = loop.conn[i];
             short events = loop.pfd[i].revents;
             if (events == 0) continue;
             ready--;
-            if ((events & POLLOUT) != 0) {
-                c->blocked = false;
-                conn_touch(c);
-            }
-            if ((events & ~POLLOUT) == 0 && c->ssl == NULL) continue;   /* TLS may read after it wrote */
-            if (c->proto->accepted != NULL) listener_ready(c);
-            else conn_read(c);   /* for POLLHUP and POLLERR too: it tells what happened */
+            if (loop.polled[i] != NULL) conn_ready(loop.polled[i], events);
+            else park_ready(conn_ready);
         }
         if (loop.signals > 0 && loop.stop_ms == 0) loop_stop();
         if (loop.hangups > 0) loop.hangups = 0, loop.reload();
@@ -2309,8 +2382,9 @@ struct member {
     struct conn *c;
     struct room *room;
     uint64_t cursor;              /* sent up to here, on the scale of room->end */
-    uint64_t replay, upto;        /* while `replaying`, what it is sent first: positions... */
-    bool replaying;               /* ...in the history of the room */
+    struct replay {
+        uint64_t at, upto;
+    } *replay;                    /* or NULL: what it is sent first, in the room's history */
     struct member *prev, *next;   /* in the room */
     struct member *also;          /* the same client's place in another room */
 };
@@ -2444,7 +2518,7 @@ static void room_say(struct room *r, slice text, char *id) {
 /* Puts what is unread into the client's own queue. Who is still being sent the past
  * will find it there: what else it was has no meaning for one who comes again or goes. */
 static void member_settle(struct member *m) {
-    if (m->replaying) m->upto = m->room->past->end;
+    if (m->replay != NULL) m->replay->upto = m->room->past->end;
     else buf_add(&m->c->out, member_unread(m));
     m->cursor = m->room->end;
     conn_touch(m->c);
@@ -2494,11 +2568,12 @@ static struct member *room_join(struct room *r, struct conn *c) {
     return m;
 }
 
-/* Has a member sent the history from this position on, before all else. */
-static void member_replay(struct member *m, uint64_t at) {
-    m->replaying = true;
-    m->replay = at;
-    m->upto = m->room->past->end;
+/* Has a member sent the history from this position on, before all else; or, if there is
+ * none, no longer. */
+static void member_replay(struct member *m, uint64_t at, bool any) {
+    if (any) m->replay = xrealloc(m->replay, sizeof *m->replay);
+    else free(m->replay), m->replay = NULL;
+    if (any) *m->replay = (struct replay){at, m->room->past->end};
     conn_touch(m->c);
 }
 
@@ -2514,6 +2589,7 @@ static void room_leave(struct member *m) {
     *(m->prev != NULL ? &m->prev->next : &r->first) = m->next;
     *(m->next != NULL ? &m->next->prev : &r->last) = m->prev;
     room_touch(r);
+    free(m->replay);
     free(m);
 }
 
@@ -2689,20 +2765,21 @@ static bool chat_refill(struct conn *c) {
     struct buf json = {0};
     bool more = true;
     slice line;
-    while (m != NULL && !m->replaying) m = m->also;
+    while (m != NULL && m->replay == NULL) m = m->also;
     if (m == NULL || c->closing) return false;
+    struct replay *replay = m->replay;
     past_begin(&json, m->room);
     size_t empty = json.len;
-    uint64_t at = m->replay;
-    while (json.len < REPLAY_BYTES && (more = history_next(m->room->past, &at, m->upto, &line))) {
+    uint64_t at = replay->at;
+    while (json.len < REPLAY_BYTES && (more = history_next(m->room->past, &at, replay->upto, &line))) {
         if (json.len > empty && json.len + line.len > 2 * REPLAY_BYTES) break;
         past_add(&json, line);
-        m->replay = at;
+        replay->at = at;
     }
-    if (!more) m->replay = at;   /* behind what was damaged */
-    if (!more && at != m->upto) ws_close(c, WS_TRY_AGAIN, "the history it was sent is gone");
-    m->replaying = m->replay < m->upto && !c->closing;
-    past_end(&json, m->replaying);
+    if (!more) replay->at = at;   /* behind what was damaged */
+    if (!more && at != replay->upto) ws_close(c, WS_TRY_AGAIN, "the history it was sent is gone");
+    past_end(&json, replay->at < replay->upto);
+    if (c->closing || replay->at == replay->upto) member_replay(m, 0, false);
     buf_addc(&json, '}');
     if (!c->closing) ws_append(&c->out, WS_TEXT, buf_slice(&json));
     buf_free(&json);
@@ -2755,7 +2832,7 @@ static void past_add_newest(const struct room *r, enum field since, const char *
 /* Has the client sent what is behind that id, or all there is. */
 static void past_resume(struct member *m, enum field since) {
     int64_t at = past_position(m->room, since);
-    if (chat.f[since].raw.p != NULL) member_replay(m, at >= 0 ? (uint64_t)at : m->room->past->base);
+    if (chat.f[since].raw.p != NULL) member_replay(m, at >= 0 ? (uint64_t)at : m->room->past->base, true);
 }
 
 /* A page of the past was asked for. */
@@ -2824,7 +2901,7 @@ static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
     past_resume(cl->seat, SINCE);
     if (cl->inbox != NULL) past_resume(cl->inbox, INBOX_SINCE);
     if (newest < 0 || chat.f[SINCE].raw.p != NULL) return;
-    cl->seat->replaying = false;   /* it no longer wants what it asked for before */
+    member_replay(cl->seat, 0, false);   /* it no longer wants what it asked for before */
     chat_send_last(cl, r->past->end, newest, false);
 }
 

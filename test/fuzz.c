@@ -40,7 +40,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
 }
 
 static struct conn *connect_one(void) {
-    struct conn *c = conn_new(-1, &http_listener, NULL);
+    struct conn *c = conn_new(-1, &http_listener, NULL, false);
     http_accepted(listener, c);
     return c;
 }

@@ -168,6 +168,8 @@ def byte_by_byte(s):
 @case(*TLS, "--timeout", "2", "--max-per-address", "0", serial=True)
 def stalled_handshakes(s):
     """500 who begin and say nothing more: nobody else notices, and all are gone at the deadline."""
+    first = Http(s)   # with which the epoll set has come
+    first.ask("/health")
     before = descriptors(s)
     with Bystander(s, patience=DEADLINE) as talking:
         stalled = [socket.create_connection(s.address()[1]) for _ in range(500)]

@@ -173,7 +173,7 @@ _Noreturn static void fake_exit(int status) {
 static struct conn *wire_open(int i, const struct proto *proto, void *state) {
     buf_free(&wires[i].out);
     wires[i].takes = SIZE_MAX;
-    return conn_new(-1 - i, proto, state);
+    return conn_new(-1 - i, proto, state, false);
 }
 
 /* The peer says this, and a round ends. */
@@ -1121,7 +1121,7 @@ static void test_rooms_slow(void) {
         setsockopt(pair[0], SOL_SOCKET, SO_SNDBUF, &small, sizeof small);
         fd_prepare(pair[0]), fd_prepare(pair[1]);
         people[i] = (struct ws){0};
-        c[i] = conn_new(pair[0], &tape_proto, &people[i]);
+        c[i] = conn_new(pair[0], &tape_proto, &people[i], false);
         peer[i] = pair[1];
         join("r", c[i]);
     }
