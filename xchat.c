@@ -1854,10 +1854,12 @@ static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
  *                                             {"type":"say", ... "id":"9f0c33a1-0000000000000173"}
  *                     0000000000100043.log    {"type":"say", ... "id":"9f0c33a1-0000000000100102"}
  *
- * A file is named by the position of its first byte. The id of a message is a random
- * number, the epoch of its log, and the position just BEHIND its line. So to find
- * everything since an id is to read from there on; and a line says itself where it
- * belongs: one that does not is damaged, and skipped. Nothing else is stored.
+ * A file is named by the position of its first byte. The id of a message is the epoch,
+ * a number that is another one whenever the log was opened, and the position just BEHIND
+ * its line. So to find everything since an id is to read from there on, if the line in
+ * front has that id; and a line says itself where it belongs: one that does not is
+ * damaged, and skipped. Nothing else is stored. (Epochs matter when the end of a log was
+ * lost, with the power say: other lines come to stand where clients saw the lost ones.)
  *
  * What was said in a round is written by one pwrite() at its end, before anybody is
  * sent it. If that fails, nothing was said, and the file is cut back. A crash can leave
@@ -1865,7 +1867,7 @@ static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
  *
  * A file is open only while it is read or written, so a thousand rooms need no
  * descriptors, and one that somebody has deleted is noticed. Without --data the newest
- * lines of each room are kept in memory, and all else is the same.
+ * lines of each room are kept in memory, in the same form.
  *
  * Owns: the files in --data, the logs. Calls: 1 Bytes, 2 JSON, 3 Tables.
  * Called by: 7 Rooms, 9 Chat, 13 Main.
@@ -1877,11 +1879,13 @@ enum { ID_BYTES = 25 };            /* 8 hex digits, '-', 16 hex digits */
 
 struct history {
     uint64_t base, end;            /* positions of what is kept */
-    int64_t epoch;                 /* -1: not known yet */
+    uint64_t newest;               /* behind the last good line... */
+    uint32_t newest_epoch, epoch;  /* ...which has this one; and that of the next */
     struct buf lines;              /* said in this round, to be written */
     struct buf tail;               /* without --data: the bytes from base to end */
     uint64_t *segment;             /* with it: the positions where files begin */
     size_t segments;
+    bool unknown;                  /* its files cannot be looked at: nobody may enter */
     bool failing, damaged;         /* said so in the log */
     struct history *older, *newer; /* among those not in use, without --data */
     uint8_t key_len;
@@ -1899,6 +1903,7 @@ static struct {
     uint64_t window_at;                /* ...from this position on */
     slice window;                      /* in `block`, or in the log's tail */
     struct buf block;
+    uint32_t seen;                     /* history_whole(): the epoch of that line */
 } histories;
 
 static slice history_key(const void *item) {
@@ -1912,7 +1917,7 @@ static void history_id(uint32_t epoch, uint64_t position, char id[ID_BYTES + 1])
 
 /* The id of the newest message. */
 static void history_newest(const struct history *h, char id[ID_BYTES + 1]) {
-    history_id((uint32_t)h->epoch, h->end, id);
+    history_id(h->newest_epoch, h->newest, id);
 }
 
 /* 16 hex digits; -1 for anything else, and for what no file can be as long as. */
@@ -1958,7 +1963,7 @@ static struct path history_file_path(const struct history *h, uint64_t start) {
 }
 
 static int history_openat(struct path path, int flags) {
-    return openat(histories.dir_fd, path.text, flags | O_CLOEXEC, 0640);
+    return openat(histories.dir_fd, path.text, flags | O_CLOEXEC | O_NONBLOCK, 0640);   /* a pipe must not stop us */
 }
 
 /* Forgets the n oldest files. */
@@ -1968,11 +1973,14 @@ static void history_drop(struct history *h, size_t n) {
     h->base = h->segments > 0 ? h->segment[0] : h->end;
 }
 
-/* Which file holds the byte at this position. */
+/* Which file holds the byte at this position: the last that does not begin behind it. */
 static size_t history_file(const struct history *h, uint64_t at) {
-    size_t i = h->segments;
-    while (i > 1 && h->segment[i - 1] > at) i--;
-    return i - 1;
+    size_t low = 0, high = h->segments;
+    while (high - low > 1) {
+        size_t middle = low + (high - low) / 2;
+        *(h->segment[middle] <= at ? &low : &high) = middle;
+    }
+    return low;
 }
 
 /* A file is not what it should be: what is left is what is newer. */
@@ -1982,7 +1990,8 @@ static void history_lose(struct history *h, uint64_t at) {
     history_drop(h, i + 1);
 }
 
-/* Reads the bytes from `from` to `to`, which are in one file, into the window. */
+/* Reads the bytes from `from` to `to`, which are in one file, into the window. False, with
+ * errno: ENOENT if the file has gone, or does not have them. */
 static bool history_load(const struct history *h, uint64_t from, uint64_t to) {
     size_t n = (size_t)(to - from);
     histories.window_of = h;
@@ -1996,15 +2005,17 @@ static bool history_load(const struct history *h, uint64_t from, uint64_t to) {
     if (histories.block.cap > READ_BYTES) buf_free(&histories.block);   /* a long line was in it */
     char *p = buf_room(&histories.block, n);
     ssize_t got = fd >= 0 ? pread(fd, p, n, (off_t)(from - start)) : -1;
+    int error = got < 0 ? errno : ENOENT;
     if (fd >= 0) close(fd);
     histories.window_at = from;
     histories.window = (slice){p, got == (ssize_t)n ? n : 0};
+    errno = error;
     return got == (ssize_t)n;
 }
 
 /* Finds the line that begins at a position, or if `back` the one that ends there, with
  * its line end. It lasts until the next call. What is longer than any line comes in
- * pieces. False: it cannot be read, and is left out from now on. */
+ * pieces. False: it cannot be read; if its file has gone, it is left out from now on. */
 static bool history_line(struct history *h, uint64_t at, bool back, slice *line) {
     bool files = histories.dir_fd >= 0;
     size_t i = files ? history_file(h, back ? at - 1 : at) : 0;
@@ -2024,7 +2035,7 @@ static bool history_line(struct history *h, uint64_t at, bool back, slice *line)
         uint64_t from = !back ? at : at - low > want ? at - want : low;
         uint64_t to = back ? at : high - at > want ? at + want : high;
         if (to - from > n && history_load(h, from, to)) continue;
-        history_lose(h, from);
+        if (errno == ENOENT) history_lose(h, from);
         return false;
     }
 }
@@ -2036,10 +2047,9 @@ static bool history_whole(struct history *h, slice line, uint64_t end) {
     size_t where;
     if (json_pick(line, &id, 1, &where) == NULL && id.raw.p != NULL && id.raw.len == ID_BYTES + 2) {
         int64_t epoch = slice_number((slice){id.raw.p + 1, 8}, 16);
-        history_id((uint32_t)(h->epoch < 0 ? epoch : h->epoch), end, wanted);
-        bool ours = epoch >= 0 && json_is(id.raw, wanted);
-        if (ours) h->epoch = epoch;
-        if (ours) return true;
+        histories.seen = (uint32_t)epoch;
+        history_id(histories.seen, end, wanted);
+        if (epoch >= 0 && json_is(id.raw, wanted)) return true;
     }
     if (!h->damaged) log_warn("%.*s: damaged lines are left out; one ends at byte %llu of its history",
                               F(history_key(h)), (unsigned long long)end);
@@ -2060,44 +2070,54 @@ static void history_add_file(struct history *h, uint64_t start) {
     if (h->segments == 1) h->base = start;
 }
 
-/* Finds the files of a room, oldest first. */
-static void history_find(struct history *h) {
+/* Finds the files of a room, oldest first. False, with errno, if that is not possible now. */
+static bool history_find(struct history *h) {
     int fd = history_openat(history_path(h, ""), O_RDONLY | O_DIRECTORY);
     DIR *dir = fd >= 0 ? fdopendir(fd) : NULL;
-    for (struct dirent *e; dir != NULL && (e = readdir(dir)) != NULL;) {
+    if (dir == NULL && fd < 0) return errno == ENOENT;
+    if (dir == NULL) return close(fd), errno = ENOMEM, false;
+    errno = 0;
+    for (struct dirent *e; (e = readdir(dir)) != NULL; errno = 0) {
         slice name = slice_of(e->d_name);
         int64_t start = name.len == 20 ? history_number(slice_take(name, 16)) : -1;
         if (start < 0) continue;
         struct path path = history_file_path(h, (uint64_t)start);
         if (slice_eq(slice_of(strrchr(path.text, '/') + 1), name)) history_add_file(h, (uint64_t)start);
     }
-    if (dir != NULL) closedir(dir);
+    int error = errno;
+    closedir(dir);
     if (h->segments > 0) qsort(h->segment, h->segments, sizeof *h->segment, history_compare);
+    errno = error;
+    return error == 0;
 }
 
-/* Finds where the log begins and ends: from the last gap to the last line end. */
-static void history_measure(struct history *h) {
+/* Finds where the log begins and ends: from the last gap to the last line end. False,
+ * with errno, if that is not possible now. */
+static bool history_measure(struct history *h) {
     struct stat st;
     slice line;
     for (size_t i = 0; i < h->segments; i++) {
         uint64_t start = h->segment[i];
-        bool ok = fstatat(histories.dir_fd, history_file_path(h, start).text, &st, 0) == 0 && S_ISREG(st.st_mode);
-        if (!ok) st.st_size = 0;
-        h->end = start + (uint64_t)st.st_size;
+        if (fstatat(histories.dir_fd, history_file_path(h, start).text, &st, 0) != 0) return false;
+        h->end = start + (S_ISREG(st.st_mode) ? (uint64_t)st.st_size : 0);
         if (i + 1 == h->segments || h->end >= h->segment[i + 1]) continue;
         history_lose(h, start);
         i = (size_t)-1;   /* look at the others again */
     }
     uint64_t start = h->segments > 0 ? h->segment[h->segments - 1] : 0, end = h->end;
     h->base = h->segments > 0 ? h->segment[0] : 0;
-    while (h->end > start && history_line(h, h->end, true, &line) && line.p[line.len - 1] != '\n') h->end -= line.len;
-    if (h->end == end) return;
+    for (; h->end > start; h->end -= line.len) {
+        if (!history_line(h, h->end, true, &line)) return false;
+        if (line.p[line.len - 1] == '\n') break;
+    }
+    if (h->end == end) return true;
     histories.window_of = NULL;   /* it has bytes that go */
     struct path path = history_file_path(h, start);
     log_warn("%s: %llu bytes of a torn last line cut off", path.text, (unsigned long long)(end - h->end));
     int fd = history_openat(path, O_WRONLY);
     if (fd < 0 || ftruncate(fd, (off_t)(h->end - start)) != 0) log_warn("%s: %s", path.text, strerror(errno));
     if (fd >= 0) close(fd);
+    return true;
 }
 
 /* Finds the newest message before a position: moves *at to where its line begins, which
@@ -2136,30 +2156,37 @@ static void history_idle(struct history *h, bool idle) {
     histories.idle = idle ? histories.idle + 1 : histories.idle - 1;
 }
 
+/* Opens the files of a log. False, with errno, if that is not possible now. */
+static bool history_open_files(struct history *h) {
+    uint32_t random;
+    slice line;
+    if (RAND_bytes((unsigned char *)&random, sizeof random) != 1) die("no random bytes");
+    h->epoch = h->newest_epoch = random >> 2;
+    if (!history_find(h) || !history_measure(h)) return false;
+    uint64_t at = h->newest = h->end;
+    if (!history_before(h, &at, &line)) return at <= h->base;
+    h->newest = at + line.len + 1;
+    h->newest_epoch = histories.seen;
+    h->epoch = histories.seen + 1 + random % 256;   /* so that ids increase */
+    return true;
+}
+
 /* The log of "rooms/" or "users/" and a name: found, opened or made. It is the caller's
- * until history_close(). */
+ * until history_close(). Look at `unknown` before letting anybody in. */
 static struct history *history_open(slice key) {
     struct history *h = table_find(&histories.logs, key);
     unsigned char hash[SHA256_DIGEST_LENGTH];
-    uint32_t epoch;
-    slice line;
     if (h != NULL) return history_idle(h, false), h;
-    SHA256((const unsigned char *)key.p, key.len, hash);   /* the ids of two rooms are not alike */
-    memcpy(&epoch, hash, sizeof epoch);
-    epoch ^= histories.epoch;
     h = xcalloc(sizeof *h + key.len);
     h->key_len = (uint8_t)key.len;
     memcpy(h->key, key.p, key.len);
-    h->base = h->end = histories.forgotten;
-    h->epoch = -1;
+    SHA256((const unsigned char *)key.p, key.len, hash);   /* the ids of two rooms are not alike */
+    memcpy(&h->epoch, hash, sizeof h->epoch);
+    h->epoch = h->newest_epoch = h->epoch ^ histories.epoch;
+    h->base = h->end = h->newest = histories.forgotten;
     table_add(&histories.logs, h);
-    if (histories.dir_fd >= 0) {
-        history_find(h);
-        history_measure(h);
-        for (uint64_t at = h->end; h->epoch < 0 && history_before(h, &at, &line);) continue;
-        if (RAND_bytes((unsigned char *)&epoch, sizeof epoch) != 1) die("no random bytes");
-    }
-    if (h->epoch < 0) h->epoch = epoch;
+    h->unknown = histories.dir_fd >= 0 && !history_open_files(h);
+    if (h->unknown) log_warn("--data: %.*s cannot be read: %s", F(key), strerror(errno));
     return h;
 }
 
@@ -2175,7 +2202,7 @@ static void history_free(struct history *h) {
 
 /* The room is empty. Files stay; of the logs in memory those used last do. */
 static void history_close(struct history *h) {
-    if (histories.dir_fd >= 0 || h->tail.len == 0) {
+    if (histories.dir_fd >= 0 || h->tail.len == 0 || h->tail.cap > 4 * MEMORY_BYTES) {
         history_free(h);
         return;
     }
@@ -2192,7 +2219,7 @@ static void history_close(struct history *h) {
  * written into it at `id`, where there are ID_BYTES. */
 static void history_add(struct history *h, slice text, char *id) {
     char again[ID_BYTES + 1];
-    history_id((uint32_t)h->epoch, h->end + h->lines.len + text.len + 1, again);
+    history_id(h->epoch, h->end + h->lines.len + text.len + 1, again);
     memcpy(id, again, ID_BYTES);
     buf_add(&h->lines, text);
     buf_addc(&h->lines, '\n');
@@ -2208,15 +2235,18 @@ static bool history_sync(struct path dir) {
 
 /* Begins a new file at the end of the log. Returns it, or -1. */
 static int history_create(struct history *h) {
-    struct path dir = history_path(h, ""), spaces = dir;
+    struct path dir = history_path(h, ""), spaces = dir, path = history_file_path(h, h->end);
     if (mkdirat(histories.dir_fd, dir.text, 0750) != 0 && errno != EEXIST) return -1;
-    int fd = history_openat(history_file_path(h, h->end), O_WRONLY | O_CREAT | O_TRUNC);
+    int fd = history_openat(path, O_WRONLY | O_CREAT | O_EXCL);
     *strchr(spaces.text, '/') = '\0';
     if (fd < 0 || (history_sync(dir) && history_sync(spaces))) {
         if (fd >= 0) history_add_file(h, h->end);
         return fd;
     }
+    int error = errno;
     close(fd);
+    unlinkat(histories.dir_fd, path.text, 0);
+    errno = error;
     return -1;
 }
 
@@ -2235,7 +2265,8 @@ static int history_open_last(struct history *h) {
         return -1;
     }
     if (fd >= 0) close(fd);
-    history_lose(h, start);
+    if (size > 0) history_lose(h, start);
+    else h->segments--;   /* nothing was in it */
     return history_create(h);
 }
 
@@ -2263,7 +2294,8 @@ static bool history_commit(struct history *h) {
     if (ok && h->failing) log_info("--data: %.*s is stored again", F(history_key(h)));
     h->failing = !ok;
     if (!ok) return false;
-    h->end += h->lines.len;
+    h->newest = h->end += h->lines.len;
+    h->newest_epoch = h->epoch;
     if (histories.window_of == h && histories.dir_fd < 0) histories.window_of = NULL;
     if (histories.dir_fd < 0) buf_add(&h->tail, buf_slice(&h->lines));
     while (h->tail.len > MEMORY_BYTES) {
@@ -2271,6 +2303,12 @@ static bool history_commit(struct history *h) {
         if (tail.len == 0) break;   /* the newest is kept whatever its length */
         buf_drop(&h->tail, line.len + 1);
         h->base += line.len + 1;
+    }
+    if (h->tail.cap > 4 * MEMORY_BYTES && h->tail.len <= MEMORY_BYTES) {   /* a long line was in it */
+        struct buf fresh = {0};
+        buf_add(&fresh, buf_slice(&h->tail));
+        buf_free(&h->tail);
+        h->tail = fresh;
     }
     while (h->segments > 1 && h->end - h->segment[1] >= opt.retain) {
         unlinkat(histories.dir_fd, history_file_path(h, h->segment[0]).text, 0);
@@ -2281,19 +2319,24 @@ static bool history_commit(struct history *h) {
 
 static void history_forget(struct history *h) { buf_free(&h->lines); }
 
-/* The position in an id, or -1 if this log cannot go on from there. */
+/* The position in an id, or -1 if it is not that of a message here, or of one that stood
+ * just in front of what is kept. */
 static int64_t history_position(struct history *h, slice id) {
     char again[ID_BYTES + 1];
     slice line;
-    int64_t at = id.len == ID_BYTES ? history_number(slice_cut(id, 9)) : -1;
-    if (at < 0) return -1;
+    int64_t epoch = id.len == ID_BYTES ? slice_number(slice_take(id, 8), 16) : -1;
+    int64_t at = epoch >= 0 ? history_number(slice_cut(id, 9)) : -1;
+    if (at < (int64_t)h->base || at > (int64_t)h->end) return -1;
     /* Who saw no message yet has missed nothing that is not here. The epoch of a log
      * without any message is not kept. */
-    if (at == 0 && h->base == 0 && histories.dir_fd >= 0) return 0;
-    history_id((uint32_t)h->epoch, (uint64_t)at, again);
-    if (!slice_eq(id, slice_of(again)) || (uint64_t)at < h->base || (uint64_t)at > h->end) return -1;
-    if ((uint64_t)at == h->base || (uint64_t)at == h->end) return at;
-    return history_line(h, (uint64_t)at - 1, false, &line) && line.len == 1 ? at : -1;   /* a line end? */
+    if (at == 0 && histories.dir_fd >= 0) return 0;
+    history_id((uint32_t)epoch, (uint64_t)at, again);
+    if (!slice_eq(id, slice_of(again))) return -1;
+    if ((uint64_t)at == h->newest) return epoch == h->newest_epoch ? at : -1;
+    bool first = (uint64_t)at == h->base;   /* then the line behind must do, instead of its own */
+    if (!history_line(h, (uint64_t)at, !first, &line)) return -1;
+    bool ours = history_whole(h, line, (uint64_t)at + (first ? line.len : 0));
+    return ours && histories.seen == epoch ? at : -1;
 }
 
 /* Opens the data directory, unless `dir` is NULL, for this server alone. */
@@ -2510,16 +2553,17 @@ static bool rooms_flush(void) {
 /* Says a text in a room, to be remembered: everybody in it is sent it once it is
  * stored. Its id is written into it at `id`, where there are ID_BYTES. */
 static void room_say(struct room *r, slice text, char *id) {
-    history_add(r->past, text, id);
     if (r->past->lines.len > opt.backlog / 4) room_commit(r);
+    history_add(r->past, text, id);
     room_touch(r);
 }
 
 /* Puts what is unread into the client's own queue. Who is still being sent the past
- * will find it there: what else it was has no meaning for one who comes again or goes. */
+ * will find it there: what else it was has no meaning for one who comes again or goes.
+ * Who is closing gets nothing, since there may be a gap in front of it. */
 static void member_settle(struct member *m) {
     if (m->replay != NULL) m->replay->upto = m->room->past->end;
-    else buf_add(&m->c->out, member_unread(m));
+    else if (!m->c->closing) buf_add(&m->c->out, member_unread(m));
     m->cursor = m->room->end;
     conn_touch(m->c);
 }
@@ -2583,7 +2627,7 @@ static void room_leave(struct member *m) {
     struct room *r = m->room;
     struct member **at = &m->c->joined;
     room_commit(r);
-    if (!m->c->closing) member_settle(m);
+    member_settle(m);
     while (*at != m) at = &(*at)->also;
     *at = m->also;
     *(m->prev != NULL ? &m->prev->next : &r->first) = m->next;
@@ -2819,19 +2863,19 @@ static int64_t past_position(const struct room *r, enum field field) {
 }
 
 /* Adds the newest id of a room to the answer to a login and, if the client named the
- * last one it knows in `since`, whether all behind that is there. */
-static void past_add_newest(const struct room *r, enum field since, const char *id_name, const char *recovered) {
+ * last one it knows in `since`, whether all behind `at`, its position, is there. */
+static void past_add_newest(const struct room *r, enum field since, int64_t at, const char *id_name,
+                            const char *recovered) {
     char id[ID_BYTES + 1];
     history_newest(r->past, id);
     json_add(&chat.json, id_name, slice_of(id));
     if (chat.f[since].raw.p == NULL) return;
     json_name(&chat.json, recovered);
-    buf_add(&chat.json, past_position(r, since) >= 0 ? S("true") : S("false"));
+    buf_add(&chat.json, at >= 0 ? S("true") : S("false"));
 }
 
-/* Has the client sent what is behind that id, or all there is. */
-static void past_resume(struct member *m, enum field since) {
-    int64_t at = past_position(m->room, since);
+/* Has the client sent what is behind that position, or all there is. */
+static void past_resume(struct member *m, enum field since, int64_t at) {
     if (chat.f[since].raw.p != NULL) member_replay(m, at >= 0 ? (uint64_t)at : m->room->past->base, true);
 }
 
@@ -2881,15 +2925,17 @@ static void chat_leave(struct client *cl) {
  * missed since an id that it named; -1: nothing was asked for. */
 static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
     struct room *inbox = cl->uid != NULL ? room_open(S("users/"), slice_of(cl->uid)) : NULL;
-    if (inbox != NULL && cl->inbox == NULL) cl->inbox = room_join(inbox, cl->c);
+    if (inbox != NULL && !inbox->past->unknown && cl->inbox == NULL) cl->inbox = room_join(inbox, cl->c);
     chat_begin(S("login"));
     chat_add_from(cl, "client_id", "client_name");
     chat_add_time();
     room_publish(r, chat_end(), cl->seat);
     if (cl->seat == NULL) cl->seat = room_join(r, cl->c);
     chat.json.len--;   /* open the object again: now the copy for the client */
-    past_add_newest(r, SINCE, "id", "recovered");
-    if (cl->inbox != NULL) past_add_newest(cl->inbox->room, INBOX_SINCE, "inbox_id", "inbox_recovered");
+    int64_t at = past_position(r, SINCE);
+    int64_t inbox_at = cl->inbox != NULL ? past_position(cl->inbox->room, INBOX_SINCE) : -1;
+    past_add_newest(r, SINCE, at, "id", "recovered");
+    if (cl->inbox != NULL) past_add_newest(cl->inbox->room, INBOX_SINCE, inbox_at, "inbox_id", "inbox_recovered");
     json_name(&chat.json, "client_list");
     buf_addc(&chat.json, '{');
     for (struct member *m = r->first; m != NULL; m = m->next) {
@@ -2898,8 +2944,8 @@ static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
     }
     buf_addc(&chat.json, '}');
     ws_text(cl->c, chat_end_ref());
-    past_resume(cl->seat, SINCE);
-    if (cl->inbox != NULL) past_resume(cl->inbox, INBOX_SINCE);
+    past_resume(cl->seat, SINCE, at);
+    if (cl->inbox != NULL) past_resume(cl->inbox, INBOX_SINCE, inbox_at);
     if (newest < 0 || chat.f[SINCE].raw.p != NULL) return;
     member_replay(cl->seat, 0, false);   /* it no longer wants what it asked for before */
     chat_send_last(cl, r->past->end, newest, false);
@@ -2915,6 +2961,7 @@ static bool chat_login(struct client *cl) {
         return chat_error(cl, "bad_field", "room_id must name a room, and not be empty or 0");
     struct room *r = room_open(S("rooms/"), room);
     if (r == NULL) return chat_error(cl, "limit", "there are already %u rooms (--max-rooms)", opt.max_rooms);
+    if (r->past->unknown) return chat_error(cl, "storage", "the history of this room cannot be read now");
     if (cl->seat != NULL && cl->seat->room != r) chat_leave(cl);
     buf_clear(&chat.html);
     html_escape(&chat.html, buf_slice(&chat.name), false);
@@ -2994,6 +3041,7 @@ static bool chat_letter(struct client *cl) {
     if (chat.text.len == 0) return chat_error(cl, "bad_field", "to_uid must name a user");
     struct room *inbox = room_open(S("users/"), buf_slice(&chat.text));
     if (inbox == NULL) return chat_error(cl, "limit", "there are already %u rooms (--max-rooms)", opt.max_rooms);
+    if (inbox->past->unknown) return chat_error(cl, "storage", "the inbox of this user cannot be read now");
     if (!chat_field(cl, TO_CLIENT_NAME, &chat.name, 0) || !chat_field(cl, CONTENT, &chat.text, 0)) return false;
     chat_write_say(cl, "to_uid", room_name(inbox), says_to_you);
     chat_publish(inbox);
@@ -3040,6 +3088,8 @@ static void chat_message(struct conn *c, slice text) {
     for (size_t i = 0; i < FIELDS; i++) chat.f[i] = (struct json_field){.name = names[i]};
     const char *why = json_pick(text, chat.f, FIELDS, &at);
     slice ref = chat.f[REF].raw, type = chat.f[TYPE].raw;
+    for (size_t i = TO_CLIENT_ID; i < FIELDS; i++)   /* null is as good as nothing */
+        if (chat.f[i].raw.p != NULL && *chat.f[i].raw.p == 'n') chat.f[i].raw = (slice){0};
     buf_clear(&chat.text);
     bool ref_ok = why != NULL || ref.p == NULL ||
                   (*ref.p == '"' && json_text(ref, &chat.text) && chat.text.len <= REF_MAX_BYTES);

@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -29,6 +30,7 @@ enum {
     DIE,            /* SIGKILL as soon as the room is used up */
     WRITES,         /* how many writes and syncs there were */
     SYNCS,
+    OPEN_ERRNO,     /* what openat fails with, or 0 */
     COUNT
 };
 static volatile int *table;
@@ -145,3 +147,21 @@ TRUNCATE(ftruncate64, long long)
     }
 SYNC(fsync)
 SYNC(fdatasync)
+
+#define OPENAT(NAME)                                                                          \
+    int NAME(int dir, const char *path, int flags, ...)                                       \
+    {                                                                                         \
+        int (*real)(int, const char *, int, ...);                                             \
+        va_list args;                                                                         \
+        *(void **)&real = dlsym(RTLD_NEXT, #NAME);                                            \
+        va_start(args, flags);                                                                \
+        int mode = flags & O_CREAT ? va_arg(args, int) : 0;                                   \
+        va_end(args);                                                                         \
+        if (table && table[OPEN_ERRNO]) {                                                     \
+            errno = table[OPEN_ERRNO];                                                        \
+            return -1;                                                                        \
+        }                                                                                     \
+        return real(dir, path, flags, mode);                                                  \
+    }
+OPENAT(openat)
+OPENAT(openat64)

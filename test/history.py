@@ -108,7 +108,7 @@ def kill(s):
 class Faults:
     """The disk of a server, to be broken: see fault.c for the words."""
 
-    WORDS = ["room", "write_errno", "sync_errno", "truncate_errno", "die", "writes", "syncs"]
+    WORDS = ["room", "write_errno", "sync_errno", "truncate_errno", "die", "writes", "syncs", "open_errno"]
     building = threading.Lock()
 
     @classmethod
@@ -148,7 +148,7 @@ class Faults:
             setattr(self, word, words[word])
 
     def none(self):
-        self.set(room=-1, write_errno=0, sync_errno=0, truncate_errno=0, die=0)
+        self.set(room=-1, write_errno=0, sync_errno=0, truncate_errno=0, die=0, open_errno=0)
 
 
 @contextlib.contextmanager
@@ -334,7 +334,7 @@ def stored_lines(d, room, after=0, torn=False):
         *whole, rest = data.split(b"\n")
         for line in whole:
             end += len(line) + 1
-            check(b'"id":"%s-%016x"' % (epoch(d, room).encode(), end) in line, "the line that ends at", end, line[:500])
+            check(re.search(rb'"id":"[0-9a-f]{8}-%016x"' % end, line), "the line that ends at", end, line[:500])
             lines.append(line)
         check(not rest or torn and number == len(files) - 1, "no end of line:", rest[:200])
     return lines
@@ -924,6 +924,28 @@ def history_goes_while_it_is_replayed(s, d):
     check(ids and ids == truth[:len(ids)] or recovered is False, "a gap nobody was told of in", len(ids), "messages")
 
 
+@stored("--segment", "4096", "--retain", "4096", "--backlog", "16384")
+def no_word_behind_a_gap(s, d):
+    """One whose replay is dropped while it logs in again hears nothing that was said behind that."""
+    said = fill(s, "room", 10, "%d " + "x" * 500)
+    bob = Ws(s)
+    bob.send(b"".join(frame(TEXT, json.dumps(m)) for m in [
+        dict(type="login", client_name="Bob", room_id="room", since=said[3]["id"]),
+        dict(type="say", to_client_id="all", content="L" * 3850),
+        dict(type="login", client_name="Bob", room_id="room", history=5)]))
+    last, event = said[3], None
+    while event is None or event[0] != CLOSE:
+        event = bob.event()
+        if event[0] == CLOSE or event[1]["type"] == "login" and event[1].get("recovered") is None:
+            break
+        for message in event[1].get("messages", [event[1]]):
+            if message["type"] != "say":
+                continue
+            check(message not in said or said.index(message) == said.index(last) + 1, "a gap behind", last["content"][:2])
+            check(message in said or last == said[-1], "a gap before the newest")
+            last = message if message in said else last
+
+
 @both()
 def many_wishes(s):
     """One who asks for all history again and again, and never reads, costs no more than the backlog."""
@@ -1098,7 +1120,8 @@ def restart(name, number):
             same(eve.messages, said[11:])
             said += talk(eve.client, 50)
             check([m["id"] for m in said] == sorted({m["id"] for m in said}), "ids do not go on")
-            check(len({m["id"][:8] for m in said}) == 1, "another epoch")
+            ids = [m["id"] for m in said]
+            check(ids == sorted(set(ids)), "ids do not increase over a restart:", ids[-5:])
             same(scroll(eve.client, count=40), said)
             same(parsed(stored_lines(d, "room")), said)
             again = Entry(s, "empty", since=empty)
@@ -1157,6 +1180,18 @@ def memory_of_many_rooms(s):
     talk(ann, 1)
     back = Entry(ann, "room 0", since=rooms["room 0"][0]["id"])
     check(len(back.messages) == 1, "what was said after an old id", back.answer)
+
+
+@case("--rate", "0", serial=True)
+def memory_of_long_lines(s):
+    """A long line is not remembered for a room that all have left."""
+    ann, before = Ws(s), s.status("VmRSS")
+    for i in range(100):
+        ann.login("Ann", f"room {i}")
+        talk(ann, 1, "'" * 60000)
+    ann.login("Ann", "another")
+    if before:
+        until(lambda: s.status("VmRSS") < before + 10000, "long lines are kept")
 
 
 @stored("--segment", "4096", "--retain", "16384")
@@ -1359,6 +1394,9 @@ def damage_in_the_middle():
     for at, name in (0, "first"), (9, "last"):
         rooms[name] = ([WORDS], rewrite(lambda data, a=at: data.replace(LINES[a], fit("x", LINES[a]))),
                        GOOD[:at] + GOOD[at + 1:], [], None)
+    for at in 3, 9:  # what is before an id that is damaged
+        rooms[f"before-{at}"] = ([WORDS], rewrite(lambda data, a=at: data.replace(LINES[a], fit("x", LINES[a]))),
+                                 GOOD[:at] + GOOD[at + 1:], [], None)
     for size in 1000, 70000, 300000, 1 << 20:  # a long line, as much of short ones, and in files of their own
         for name, files in [
                 ("long", [["a", "b", b"x" * size + b"\n", "c"]]),
@@ -1575,6 +1613,44 @@ def changed_while_stopped():
             check(eve.recovered is False and not eve.messages, eve.answer)
             new = talk(eve.client, 10)
             check(not {m["id"] for m in said} & {m["id"] for m in new}, "ids twice")
+
+
+@case()
+def the_end_is_lost():
+    """The newest file is deleted, or lost with the power: who saw it is not told that nothing is missing."""
+    with directory() as d:
+        with Server("--data", d, "--rate", "0", "--segment", "4096") as s:
+            ann = join(s, "room", "Ann")   # one after another, or all would be in one file
+            old = [m for i in range(40) for m in talk(ann, 1, "old" + "x" * 300)]
+            kill(s)
+        os.remove(last_log(room_path(d, "room")))
+        with Server("--data", d, "--rate", "0", "--segment", "4096") as s:
+            ann = Entry(s, "room", history=200)
+            check(ann.messages == old[:len(ann.messages)] and ann.messages, "the rest has changed")
+            left = len(ann.messages)
+            new = talk(ann.client, 12, "new" + "x" * 300)
+            check(not {m["id"] for m in old} & {m["id"] for m in new}, "ids twice")
+            back = Entry(s, "room", since=old[-1]["id"])   # a line of the same length ends there now
+            check(back.recovered is False, "told that nothing is missing")
+            same(back.messages, old[:left] + new)
+            back = Entry(s, "room", since=old[left - 1]["id"])
+            check(back.recovered is True, "not recovered since what is left")
+            same(back.messages, new)
+
+
+@case()
+def a_pipe_instead_of_a_file():
+    """Nobody waits for one who writes into it."""
+    with directory() as d:
+        os.makedirs(room_path(d, "room"))
+        os.mkfifo(os.path.join(room_path(d, "room"), "0" * 16 + ".log"))
+        with Server("--data", d) as s:
+            ann = Ws(s)
+            ann.send_json(type="login", client_name="Ann", room_id="room")
+            if ann.message()["type"] == "login":
+                ann.say("hello", ref="r")
+                ann.expect_error("storage", ref="r")
+            talk(join(s, "another", "Ann"), 1)
 
 
 @case()
@@ -1945,6 +2021,48 @@ def failing_write(name, number, spare):
     """Whatever a write fails with, after whatever part of it."""
     with faulty() as (s, d, faults):
         storm(s, d, lambda: faults.set(write_errno=number, room=spare), faults.none, 400)
+
+
+@case(rows=[("EMFILE", errno.EMFILE), ("EACCES", errno.EACCES), ("EIO", errno.EIO)])
+def cannot_open(name, number):
+    """While files cannot be opened nobody gets into their room, and nothing happens to them."""
+    with faulty("--segment", "4096") as (s, d, faults):
+        said = fill(s, "room", 40)
+        ann = Ws(s)
+        faults.open_errno = number
+        for _ in range(2):
+            ann.send_json(type="login", client_name="Ann", room_id="room", history=5, ref="r")
+            ann.expect_error("storage", "room", ref="r")
+        s.wait_log("rooms/room cannot be read")
+        faults.none()
+        same(Entry(ann, "room", history=200).messages, said)
+        said += talk(ann, 2)
+        faults.open_errno = number    # in the room: one message is refused, and older ones cannot be read
+        ann.say("lost", ref="lost")
+        ann.expect_error("storage", ref="lost")
+        ann.send_json(type="history", count=20)
+        ann.expect("history")
+        faults.none()
+        said += talk(ann, 2)
+        same(Entry(s, "room", history=200).messages, said)
+        same(parsed(stored_lines(d, "room")), said)
+
+
+@case()
+def letters_that_are_not_stored():
+    """A message to a user is stored and acknowledged, or refused: never both."""
+    for content in "x", "'" * 60000:   # the second is longer than a quarter of --backlog
+        with faulty() as (s, d, faults):
+            ann = join(s, "room", "Ann")
+            ann.say(content, to=None, to_uid="bob", ref="1")
+            stored = ann.expect("say", ref="1", to_uid="bob")
+            faults.set(write_errno=errno.ENOSPC, room=0)
+            ann.say(content, to=None, to_uid="bob", ref="2")
+            ann.expect_error("storage", ref="2")
+            quiet(ann)
+            faults.none()
+            ann.say(content, to=None, to_uid="bob", ref="3")
+            check(ann.expect("say", ref="3")["id"] > stored["id"], "no new id")
 
 
 @case()
