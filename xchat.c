@@ -2167,7 +2167,7 @@ static bool history_open_files(struct history *h) {
     if (!history_before(h, &at, &line)) return at <= h->base;
     h->newest = at + line.len + 1;
     h->newest_epoch = histories.seen;
-    h->epoch = histories.seen + 1 + random % 256;   /* so that ids increase */
+    h->epoch = histories.seen + 1 + random % 4096;   /* so that ids increase */
     return true;
 }
 
