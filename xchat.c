@@ -1903,7 +1903,7 @@ static struct {
     uint64_t window_at;                /* ...from this position on */
     slice window;                      /* in `block`, or in the log's tail */
     struct buf block;
-    uint32_t seen;                     /* history_whole(): the epoch of that line */
+    uint32_t seen;                     /* history_ours(): the epoch of that line */
 } histories;
 
 static slice history_key(const void *item) {
@@ -2041,20 +2041,24 @@ static bool history_line(struct history *h, uint64_t at, bool back, slice *line)
 }
 
 /* Is this a message of ours, which ends at this position? */
-static bool history_whole(struct history *h, slice line, uint64_t end) {
+static bool history_ours(slice line, uint64_t end) {
     struct json_field id = {.name = "id"};
     char wanted[ID_BYTES + 1];
     size_t where;
-    if (json_pick(line, &id, 1, &where) == NULL && id.raw.p != NULL && id.raw.len == ID_BYTES + 2) {
-        int64_t epoch = slice_number((slice){id.raw.p + 1, 8}, 16);
-        histories.seen = (uint32_t)epoch;
-        history_id(histories.seen, end, wanted);
-        if (epoch >= 0 && json_is(id.raw, wanted)) return true;
-    }
-    if (!h->damaged) log_warn("%.*s: damaged lines are left out; one ends at byte %llu of its history",
-                              F(history_key(h)), (unsigned long long)end);
-    h->damaged = true;
-    return false;
+    if (json_pick(line, &id, 1, &where) != NULL || id.raw.p == NULL || id.raw.len != ID_BYTES + 2) return false;
+    int64_t epoch = slice_number((slice){id.raw.p + 1, 8}, 16);
+    histories.seen = (uint32_t)epoch;
+    history_id(histories.seen, end, wanted);
+    return epoch >= 0 && json_is(id.raw, wanted);
+}
+
+/* The same, and the log is told if it is not. */
+static bool history_whole(struct history *h, slice line, uint64_t end) {
+    bool ours = history_ours(line, end);
+    if (!ours && !h->damaged) log_warn("%.*s: damaged lines are left out; one ends at byte %llu of its history",
+                                       F(history_key(h)), (unsigned long long)end);
+    h->damaged = h->damaged || !ours;
+    return ours;
 }
 
 /* ---- Opening. ---- */
@@ -2335,7 +2339,7 @@ static int64_t history_position(struct history *h, slice id) {
     if ((uint64_t)at == h->newest) return epoch == h->newest_epoch ? at : -1;
     bool first = (uint64_t)at == h->base;   /* then the line behind must do, instead of its own */
     if (!history_line(h, (uint64_t)at, !first, &line)) return -1;
-    bool ours = history_whole(h, line, (uint64_t)at + (first ? line.len : 0));
+    bool ours = history_ours(line, (uint64_t)at + (first ? line.len : 0));
     return ours && histories.seen == epoch ? at : -1;
 }
 

@@ -641,6 +641,7 @@ def strange_since(s):
             same(eve.expect("history")["messages"], said)
         else:
             check(answer.get("code") == "bad_field" and "since" in answer["message"], value, answer)
+    check("damaged" not in s.log(), "a strange id is taken for damage:", s.log())
 
 
 @both()
