@@ -117,7 +117,8 @@ enum {
     READ_BYTES = 65536,       /* read from one connection in one round, or from a file */
     HISTORY_MAX = 200,        /* messages in one answer... */
     HISTORY_BYTES = 262144,   /* ...and bytes, unless one message is longer */
-    REPLAY_BYTES = 32768,     /* in one piece of a longer one, about; at most twice that */
+    REPLAY_BYTES = 32768,     /* in one piece of a longer one, about... */
+    REPLAY_MAX = 65536,       /* ...and at most, unless one message is longer */
     MEMORY_BYTES = 32768,     /* of history kept for a room without --data... */
     IDLE_LOGS = 1024,         /* ...and for how many empty rooms */
     LINE_MAX_BYTES = 7 << 24, /* of history: an escaped message, whatever --max-message */
@@ -2820,7 +2821,7 @@ static bool chat_refill(struct conn *c) {
     size_t empty = json.len;
     uint64_t at = replay->at;
     while (json.len < REPLAY_BYTES && (more = history_next(m->room->past, &at, replay->upto, &line))) {
-        if (json.len > empty && json.len + line.len > 2 * REPLAY_BYTES) break;
+        if (json.len > empty && json.len + line.len > REPLAY_MAX) break;
         past_add(&json, line);
         replay->at = at;
     }
@@ -3129,7 +3130,7 @@ static void chat_tick(struct conn *c) {
 static void chat_closed(struct conn *c) {
     struct client *cl = c->state;
     if (cl->seat != NULL) chat_leave(cl);
-    while (c->joined != NULL) room_leave(c->joined);
+    if (cl->inbox != NULL) room_leave(cl->inbox);
     table_remove(&chat.clients, client_key(cl));
     ws_end(c);
     free(cl->uid);
@@ -3685,7 +3686,7 @@ static void option_set(struct option *o, const char *value) {
     if (o->number != NULL && (number < o->min || number > o->max))
         usage("--%s: '%s' is not a number from %u to %u", o->name, value, o->min, o->max);
     if (o->number != NULL) *o->number = (uint32_t)number;
-    if (o->text != NULL && *value == '\0') usage("--%s: %s is missing", o->name, o->arg);
+    if (o->text != NULL && value != NULL && *value == '\0') usage("--%s: %s is missing", o->name, o->arg);
     if (o->text != NULL) *o->text = value;
     mains.given |= (uint64_t)1 << (o - options);
 }
