@@ -67,7 +67,7 @@ static void fuzz_history(const uint8_t *data, size_t size) {
     size_t n = 0, m = 0;
     for (slice line; history_before(h, &back, &line); n++) {
         char id[ID_BYTES + 1];
-        history_id((uint32_t)h->epoch, back + line.len + 1, id);
+        history_id(histories.seen, back + line.len + 1, id);
         if (history_position(h, slice_of(id)) < 0) abort();
     }
     for (slice line; history_next(h, &forth, end, &line); m++) continue;
