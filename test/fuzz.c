@@ -18,6 +18,12 @@ int LLVMFuzzerInitialize(int *argc, char ***argv);
 static struct conn *listener;
 static char dir[64];
 
+static void clean(void) {
+    char path[80];
+    static const char *const names[] = {"/rooms/f", "/rooms", ""};
+    for (size_t i = 0; i < 3; i++) snprintf(path, sizeof path, "%s%s", dir, names[i]), rmdir(path);
+}
+
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     (void)argc, (void)argv;
     char *none[] = {"xchat", NULL};
@@ -33,7 +39,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     page_init();
     chat_init(7272);
     snprintf(dir, sizeof dir, "%s/xchat-fuzz-XXXXXX", access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp");
-    if (mkdtemp(dir) == NULL) abort();
+    if (mkdtemp(dir) == NULL || atexit(clean) != 0) abort();
     listener = xcalloc(sizeof *listener);
     listener->state = (void *)(uintptr_t)&page_site;
     return 0;
