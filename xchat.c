@@ -1051,8 +1051,7 @@ static ssize_t tls_result(struct conn *c, int n) {
     if (error == SSL_ERROR_NONE) return n;
     if (error == SSL_ERROR_ZERO_RETURN) return 0;
     errno = error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE ? EAGAIN : ECONNRESET;
-    c->blocked = error == SSL_ERROR_WANT_WRITE;
-    if (c->blocked) conn_touch(c);
+    if (error == SSL_ERROR_WANT_WRITE) c->blocked = true, conn_touch(c);
     return -1;
 }
 
@@ -2339,7 +2338,7 @@ static int64_t history_position(struct history *h, slice id) {
     if (!slice_eq(id, slice_of(again))) return -1;
     if ((uint64_t)at == h->newest) return epoch == h->newest_epoch ? at : -1;
     bool first = (uint64_t)at == h->base;   /* then the line behind must do, instead of its own */
-    if (!history_line(h, (uint64_t)at, !first, &line)) return -1;
+    if ((first && (uint64_t)at == h->end) || !history_line(h, (uint64_t)at, !first, &line)) return -1;
     bool ours = history_ours(line, (uint64_t)at + (first ? line.len : 0));
     return ours && histories.seen == epoch ? at : -1;
 }
