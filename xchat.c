@@ -15,6 +15,7 @@
  *      5. HTTP and WebSocket  request heads, the upgrade, frames, close codes
  *      6. History             files of lines: nothing that was seen is lost
  *      7. Rooms               a room is a log, a member is a cursor in it
+ *      8. Push                phones whose app is asleep are woken, through Apple
  *      9. Chat                login, say, logout: the protocol people know
  *     12. Page                the built-in web client, one HTML file
  *     13. Main                options, listeners, signals
@@ -70,11 +71,14 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <openssl/ecdsa.h>
 #include <openssl/err.h>
 #include <openssl/evp.h>
+#include <openssl/pem.h>
 #include <openssl/rand.h>
 #include <openssl/sha.h>
 #include <openssl/ssl.h>
+#include <openssl/x509v3.h>
 
 /* Linux can wait for many without looking at each (chapter 4); -DXCHAT_PURE_POLL does
  * without that, as other systems must. */
@@ -83,6 +87,11 @@
 #define PARKING 1
 #else
 #define PARKING 0
+#endif
+
+/* Tests let the minutes of chapter 8 pass faster. */
+#ifndef PUSH_SPEED
+#define PUSH_SPEED 1
 #endif
 
 #if defined(__GNUC__)
@@ -104,8 +113,10 @@ static void memory_init(void) {}
  * the others only read them. */
 static struct {
     uint32_t port, max_message, max_head, max_clients, max_per_address, max_rooms;
-    uint32_t rate, burst, backlog, ping_s, timeout_s, retain, segment, fsync, verbose;
+    uint32_t rate, burst, backlog, ping_s, timeout_s, retain, segment, fsync, verbose, apns_format;
     const char *data, *tls_cert, *tls_key;
+    const char *apns, *apns_cert, *apns_key, *apns_key_id, *apns_team_id, *apns_topic, *apns_ca;
+    const char *apns_passphrase_file, *push_content, *push_test, *push_text, *admin;
 } opt;
 
 /* Limits that nobody has asked to change yet. */
@@ -192,9 +203,9 @@ static slice slice_split(slice *rest, char at) {
     return head;
 }
 
-/* At most 10 digits of this base; -1 for anything else. */
+/* At most 15 digits of this base; -1 for anything else. */
 static int64_t slice_number(slice s, int base) {
-    int64_t n = s.len > 0 && s.len <= 10 ? 0 : -1;
+    int64_t n = s.len > 0 && s.len <= 15 ? 0 : -1;
     for (size_t i = 0; i < s.len && n >= 0; i++) {
         char c = lower(s.p[i]);
         int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : base;
@@ -288,6 +299,16 @@ static void buf_add(struct buf *b, slice s) {
 
 static void buf_addc(struct buf *b, char c) { buf_add(b, (slice){&c, 1}); }
 
+/* Appends a number of so many bytes, the highest first, as networks have it. */
+static void buf_be(struct buf *b, uint64_t number, int bytes) {
+    while (bytes-- > 0) buf_addc(b, (char)(number >> 8 * bytes));
+}
+
+static uint32_t be32(const char *p) {
+    const unsigned char *u = (const unsigned char *)p;
+    return (uint32_t)u[0] << 24 | (uint32_t)u[1] << 16 | (uint32_t)u[2] << 8 | u[3];
+}
+
 PRINTF(2, 3) static void buf_printf(struct buf *b, const char *format, ...) {
     va_list args, again;
     va_start(args, format);
@@ -368,7 +389,7 @@ static bool utf8_valid(slice s) {
  * PHP clients know no types: json_text() turns numbers, true and null into text as
  * PHP would.
  *
- * Owns: nothing. Calls: 1 Bytes. Called by: 6 History, 9 Chat.
+ * Owns: nothing. Calls: 1 Bytes. Called by: 6 History, 8 Push, 9 Chat.
  * Promises: never reads outside the text, never recurses.
  */
 
@@ -660,6 +681,18 @@ static void html_escape(struct buf *b, slice s, bool breaks) {
     }
 }
 
+/* Appends what html_escape() was given, but without tags. */
+static void html_text(struct buf *b, slice s) {
+    while (s.len > 0) {
+        slice rest = s, tag = *s.p == '<' ? slice_split(&rest, '>') : S("");
+        size_t i = 0;
+        while (*s.p == '&' && html_escapes.to[i] != NULL && !slice_starts(s, slice_of(html_escapes.to[i]))) i++;
+        bool entity = *s.p == '&' && html_escapes.to[i] != NULL;
+        if (tag.len == 0) buf_addc(b, entity ? html_escapes.from[i] : *s.p);
+        s = tag.len > 0 ? rest : slice_cut(s, entity ? strlen(html_escapes.to[i]) : 1);
+    }
+}
+
 /* ==========================================================================
  * 3. Tables
  * ==========================================================================
@@ -680,7 +713,7 @@ static void html_escape(struct buf *b, slice s, bool breaks) {
  * keyed with random bytes. A cryptographic one is not fast, but looking up is rare.
  *
  * Owns: the key of the hash. Calls: 1 Bytes.
- * Called by: 5 HTTP and WebSocket, 6 History, 7 Rooms, 9 Chat.
+ * Called by: 5 HTTP and WebSocket, 6 History, 7 Rooms, 8 Push, 9 Chat.
  */
 
 enum { TABLE_KEY_MAX = 6 + ROOM_MAX_BYTES };   /* "rooms/" and a name */
@@ -853,6 +886,7 @@ static struct {
     int epoll;                     /* 0: none */
     struct conn *dirty;            /* has something to write or to end, after this round */
     bool (*flush)(void);           /* chapter 7's: send what rooms have gathered */
+    void (*tick)(void);            /* chapter 8's: a second has passed */
     int64_t tick_ms;               /* next look at the deadlines */
     int64_t stop_ms;               /* when stopping: the end, whatever is left */
     volatile sig_atomic_t signals; /* SIGTERM or SIGINT: so many came */
@@ -1001,33 +1035,53 @@ static int tls_choose(SSL *ssl, const unsigned char **out, unsigned char *len, c
     return result == OPENSSL_NPN_NEGOTIATED ? SSL_TLSEXT_ERR_OK : SSL_TLSEXT_ERR_ALERT_FATAL;
 }
 
-static int tls_no_passphrase(char *text, int size, int writing, void *unused) {
-    (void)text, (void)size, (void)writing, (void)unused;
-    return -1;   /* or OpenSSL would ask at the terminal */
+/* The passphrase of a key, or OpenSSL would ask at the terminal. */
+static int tls_passphrase(char *text, int size, int writing, void *phrase) {
+    int len = phrase != NULL ? (int)strlen(phrase) : -1;
+    (void)writing;
+    if (len > size) len = -1;
+    if (len > 0) memcpy(text, phrase, (size_t)len);
+    return len;
 }
 
-/* Reads our certificate, with its chain, and its key. NULL, or what is wrong with them;
- * then those in use stay. */
-static const char *tls_load(const char *cert, const char *key) {
-    SSL_CTX *tls = SSL_CTX_new(TLS_server_method());
+/* What every TLS connection has in common. `phrase` is borrowed, for as long as it lives. */
+static SSL_CTX *tls_new(const SSL_METHOD *method, const char *phrase) {
+    SSL_CTX *tls = SSL_CTX_new(method);
     if (tls == NULL) die("out of memory (TLS)");
-    ERR_clear_error();
     SSL_CTX_set_min_proto_version(tls, TLS1_2_VERSION);
     SSL_CTX_set_options(tls, SSL_OP_NO_RENEGOTIATION | SSL_OP_CIPHER_SERVER_PREFERENCE);
     SSL_CTX_set_mode(tls, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER |
                      SSL_MODE_RELEASE_BUFFERS);
     SSL_CTX_set_session_cache_mode(tls, SSL_SESS_CACHE_OFF);   /* tickets are kept by the clients */
-    SSL_CTX_set_alpn_select_cb(tls, tls_choose, NULL);
-    SSL_CTX_set_default_passwd_cb(tls, tls_no_passphrase);
-    if (SSL_CTX_use_certificate_chain_file(tls, cert) == 1 &&
-        SSL_CTX_use_PrivateKey_file(tls, key, SSL_FILETYPE_PEM) == 1 && SSL_CTX_check_private_key(tls) == 1) {
-        SSL_CTX_free(loop.tls);
-        loop.tls = tls;
-        return NULL;
-    }
+    SSL_CTX_set_default_passwd_cb(tls, tls_passphrase);
+    SSL_CTX_set_default_passwd_cb_userdata(tls, (void *)(uintptr_t)phrase);
+    return tls;
+}
+
+/* What OpenSSL, or else the system, has to complain about: a text that lasts. */
+static const char *tls_why(SSL *ssl) {
+    long verdict = ssl != NULL ? SSL_get_verify_result(ssl) : X509_V_OK;
     const char *why = ERR_reason_error_string(ERR_peek_error());
-    SSL_CTX_free(tls);
-    return why != NULL ? why : "cannot be read";
+    if (verdict != X509_V_OK) return X509_verify_cert_error_string(verdict);
+    return why != NULL ? why : errno != 0 ? strerror(errno) : "connection reset";
+}
+
+/* Has it show this certificate, with its chain, and its key. NULL, or what is wrong with them. */
+static const char *tls_identify(SSL_CTX *tls, const char *cert, const char *key) {
+    ERR_clear_error();
+    bool ok = SSL_CTX_use_certificate_chain_file(tls, cert) == 1 &&
+              SSL_CTX_use_PrivateKey_file(tls, key, SSL_FILETYPE_PEM) == 1 && SSL_CTX_check_private_key(tls) == 1;
+    return ok ? NULL : tls_why(NULL);
+}
+
+/* Reads our certificate and its key. NULL, or what is wrong; then those in use stay. */
+static const char *tls_load(const char *cert, const char *key) {
+    SSL_CTX *tls = tls_new(TLS_server_method(), NULL);
+    SSL_CTX_set_alpn_select_cb(tls, tls_choose, NULL);
+    const char *why = tls_identify(tls, cert, key);
+    SSL_CTX_free(why != NULL ? tls : loop.tls);
+    if (why == NULL) loop.tls = tls;
+    return why;
 }
 
 /* Looks at the first byte: 22 begins TLS. Who begins with plain text gets an answer.
@@ -1050,7 +1104,9 @@ static ssize_t tls_result(struct conn *c, int n) {
     int error = n > 0 ? SSL_ERROR_NONE : SSL_get_error(c->ssl, n);
     if (error == SSL_ERROR_NONE) return n;
     if (error == SSL_ERROR_ZERO_RETURN) return 0;
-    errno = error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE ? EAGAIN : ECONNRESET;
+    bool wait = error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE;
+    if (!wait) conn_lost(c, tls_why(c->ssl));
+    errno = wait ? EAGAIN : ECONNRESET;
     if (error == SSL_ERROR_WANT_WRITE) c->blocked = true, conn_touch(c);
     return -1;
 }
@@ -1234,6 +1290,98 @@ static const char *listen_tcp(const char *host, uint16_t port, bool tls, const s
     return failed != 0 ? strerror(failed) : NULL;
 }
 
+/* ---- Connecting. Looking up a name may take a minute, and libc cannot do that by the
+ * way. So a child process does, and tells the address over a socket. ---- */
+
+struct dial {
+    const char *host, *port;
+    uint32_t attempt, addresses;   /* which of the addresses of this host to take; how many there are */
+    SSL_CTX *tls;
+    const char *alpn;              /* the protocol to agree on, behind its length; or NULL */
+    const struct proto *proto;     /* of the connection, if there will be one */
+    void (*done)(struct conn *c, const char *why);   /* there it is; or NULL, and why not */
+    bool busy;
+};
+
+struct address {
+    struct sockaddr_storage sa;
+    socklen_t len;
+    uint32_t n;                    /* it is one of so many; 0: none */
+};
+
+static void dial_look_up(const struct dial *d, int fd) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list, *ai;
+    struct address a;
+    for (uint32_t i = 0; i < loop.n; i++) close(loop.conn[i]->fd);   /* a peer must see us close it */
+    alarm(30);
+    memset(&a, 0, sizeof a);
+    if (getaddrinfo(d->host, d->port, &hints, &list) != 0) _exit(1);
+    for (ai = list; ai != NULL; ai = ai->ai_next) a.n++;
+    ai = list;
+    for (uint32_t i = d->attempt % a.n; i > 0; i--) ai = ai->ai_next;
+    a.len = ai->ai_addrlen;
+    memcpy(&a.sa, ai->ai_addr, a.len);
+    freeaddrinfo(list);
+    _exit(write(fd, &a, sizeof a) != sizeof a);
+}
+
+/* Has this connection begin TLS, and believe nobody but the host. */
+static void dial_tls(struct conn *c, const struct dial *d) {
+    c->ssl = SSL_new(d->tls);
+    if (c->ssl == NULL || SSL_set_fd(c->ssl, c->fd) != 1) die("out of memory (TLS)");
+    SSL_set_connect_state(c->ssl);
+    if (X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(c->ssl), d->host) == 1) return;
+    if (SSL_set1_host(c->ssl, d->host) != 1 || SSL_set_tlsext_host_name(c->ssl, d->host) != 1)
+        die("out of memory (TLS)");
+}
+
+static void dial_done(struct dial *d, struct conn *c, const char *why) {
+    d->busy = false;
+    d->done(c, why);
+}
+
+static ssize_t dial_feed(struct conn *from, char *p, size_t n) {
+    struct dial *d = from->state;
+    struct address a;
+    if (n < sizeof a) return 0;
+    memcpy(&a, p, sizeof a);
+    d->addresses = a.n;
+    int fd = socket(a.sa.ss_family, SOCK_STREAM, 0);
+    bool ok = fd >= 0 && fd_prepare(fd) == 0 &&
+              (connect(fd, (struct sockaddr *)&a.sa, a.len) == 0 || errno == EINPROGRESS);
+    const char *why = strerror(errno);
+    from->state = NULL;
+    conn_close(from, "address found");
+    if (!ok && fd >= 0) close(fd);
+    if (!ok) return dial_done(d, NULL, why), -1;
+    struct conn *c = conn_new(fd, d->proto, NULL, true);
+    c->peer = addr_of(&a.sa);
+    c->blocked = true;   /* until it is connected */
+    dial_tls(c, d);
+    if (d->alpn != NULL) SSL_set_alpn_protos(c->ssl, (const unsigned char *)d->alpn, (unsigned)strlen(d->alpn));
+    conn_touch(c);
+    return dial_done(d, c, NULL), (ssize_t)n;
+}
+
+static void dial_closed(struct conn *from) {
+    from->eof = true;
+    if (from->state != NULL) dial_done(from->state, NULL, "there is no address for this name");
+}
+
+static const struct proto dial_proto = {.name = "look-up", .feed = dial_feed, .closed = dial_closed};
+
+/* Begins to connect; `done` is called once, but not before this returns. Borrows it until then. */
+static void dial(struct dial *d) {
+    int pair[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) != 0) return;   /* not `busy`: try again later */
+    d->busy = true;
+    pid_t child = fork();   /* if it fails, nobody answers */
+    if (child == 0) dial_look_up(d, pair[1]);
+    close(pair[1]);
+    fd_prepare(pair[0]);
+    conn_new(pair[0], &dial_proto, d, true);
+}
+
 /* ---- The end of a round. ---- */
 
 /* `closed` of listeners. The file goes while the socket still answers: afterwards it
@@ -1301,6 +1449,7 @@ static void loop_tick(void) {
         if (c->swept && now.ms >= c->deadline_ms) conn_lost(c, "too slow to go");
         else if (!c->closing && c->proto->tick != NULL) c->proto->tick(c);
     }
+    if (loop.tick != NULL) loop.tick();
 }
 
 /* The first signal says goodbye to everybody, the second ends the program on the spot. */
@@ -1322,6 +1471,8 @@ static void loop_stop(void) {
     loop.flush();   /* what was said goes out before the goodbye */
     for (uint32_t i = 0; i < loop.n; i++) conn_close(loop.conn[i], "server is stopping");
 }
+
+static bool loop_stopping(void) { return loop.stop_ms != 0; }
 
 static void conn_ready(struct conn *c, short events) {
     if ((events & POLLOUT) != 0) {
@@ -1715,12 +1866,10 @@ static const struct proto http_listener = {
 
 /* Appends a server's frame to a buffer: a connection's own, or a room's log. */
 static void ws_append(struct buf *b, int opcode, slice payload) {
-    unsigned char head[10] = {(unsigned char)(0x80 | opcode)};
-    size_t more = payload.len < 126 ? 0 : payload.len < 65536 ? 2 : 8;
-    uint64_t len = payload.len;
-    head[1] = (unsigned char)(more == 0 ? len : more == 2 ? 126 : 127);
-    for (size_t i = more; i > 0; i--, len >>= 8) head[1 + i] = (unsigned char)len;
-    buf_add(b, (slice){(char *)head, 2 + more});
+    int more = payload.len < 126 ? 0 : payload.len < 65536 ? 2 : 8;
+    buf_addc(b, (char)(0x80 | opcode));
+    buf_addc(b, (char)(more == 0 ? payload.len : more == 2 ? 126 : 127));
+    buf_be(b, payload.len, more);
     buf_add(b, payload);
 }
 
@@ -1870,7 +2019,7 @@ static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
  * lines of each room are kept in memory, in the same form.
  *
  * Owns: the files in --data, the logs. Calls: 1 Bytes, 2 JSON, 3 Tables.
- * Called by: 7 Rooms, 9 Chat, 13 Main.
+ * Called by: 7 Rooms, 8 Push, 9 Chat, 13 Main.
  * Promises: what history_commit() has confirmed survives kill -9; with --fsync, the
  * loss of power too.
  */
@@ -2343,6 +2492,36 @@ static int64_t history_position(struct history *h, slice id) {
     return ours && histories.seen == epoch ? at : -1;
 }
 
+/* ---- Other files in the data directory. ---- */
+
+/* Replaces a file as a whole: whatever happens, there is the old one or the new one. */
+static bool data_write(const char *name, slice text) {
+    char fresh[64];
+    snprintf(fresh, sizeof fresh, "%s.new", name);
+    int fd = openat(histories.dir_fd, fresh, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    bool ok = fd >= 0 && write(fd, text.p, text.len) == (ssize_t)text.len && fsync(fd) == 0 &&
+              renameat(histories.dir_fd, fresh, histories.dir_fd, name) == 0;
+    if (!ok) log_warn("--data: %s cannot be written: %s", name, strerror(errno));
+    if (fd >= 0) close(fd);
+    return ok;
+}
+
+/* Hands on the wanted fields of each line of a file that is JSON, if there is such a file.
+ * Those that are missing are empty, and not NULL. */
+static void data_lines(const char *name, void (*take)(struct json_field *f), struct json_field *f, size_t n) {
+    struct buf file = {0};
+    size_t where;
+    int fd = openat(histories.dir_fd, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    for (ssize_t got = 1; fd >= 0 && got > 0; file.len += got > 0 ? (uint32_t)got : 0)
+        got = read(fd, buf_room(&file, READ_BYTES), READ_BYTES);
+    if (fd >= 0) close(fd);
+    for (slice rest = buf_slice(&file); rest.len > 0;) {
+        for (size_t i = 0; i < n; i++) f[i].raw = S("");
+        if (json_pick(slice_split(&rest, '\n'), f, n, &where) == NULL) take(f);
+    }
+    buf_free(&file);
+}
+
 /* Opens the data directory, unless `dir` is NULL, for this server alone. */
 static void history_init(const char *dir) {
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET}, holder = lock;
@@ -2354,7 +2533,7 @@ static void history_init(const char *dir) {
     histories.dir_fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     int fd = histories.dir_fd < 0 ? -1 : history_openat((struct path){"lock"}, O_RDWR | O_CREAT);
     if (fd < 0) die("--data %s: %s", dir, strerror(errno));
-    if (fcntl(fd, F_SETLK, &lock) != 0) {   /* it stays locked as long as it stays open */
+    if (opt.push_test == NULL && fcntl(fd, F_SETLK, &lock) != 0) {   /* it stays locked as long as it stays open */
         bool known = fcntl(fd, F_GETLK, &holder) == 0 && holder.l_type != F_UNLCK;
         die("--data %s: another server uses it (process %ld)", dir, known ? (long)holder.l_pid : -1L);
     }
@@ -2434,12 +2613,14 @@ struct member {
     } *replay;                    /* or NULL: what it is sent first, in the room's history */
     struct member *prev, *next;   /* in the room */
     struct member *also;          /* the same client's place in another room */
+    uint64_t heard;               /* where the history ended when its client last gave a sign of life */
 };
 
 static struct {
     struct table by_name;
     struct room *grown;           /* have something to send, or nobody to send to */
     void (*unsaid)(slice text);   /* chapter 9's: this could not be stored */
+    void (*said)(slice key, slice text);   /* chapter 8's, or NULL: this was, in the room of this key */
 } rooms;
 
 static slice room_key(const void *item) {
@@ -2531,6 +2712,7 @@ static bool room_commit(struct room *r) {
         slice line = slice_split(&rest, '\n');
         if (ok) room_append(r, line);
         else rooms.unsaid(line);
+        if (ok && rooms.said != NULL) rooms.said(room_key(r), line);
     }
     history_forget(r->past);
     return ok;
@@ -2610,7 +2792,7 @@ static struct member *room_join(struct room *r, struct conn *c) {
     if (n >= ROOMS_PER_CLIENT) return NULL;
     room_commit(r);
     struct member *m = *at = xcalloc(sizeof *m);
-    *m = (struct member){.c = c, .room = r, .cursor = r->end, .prev = r->last};
+    *m = (struct member){.c = c, .room = r, .cursor = r->end, .prev = r->last, .heard = r->past->end};
     *(r->last != NULL ? &r->last->next : &r->first) = m;
     r->last = m;
     return m;
@@ -2639,6 +2821,1440 @@ static void room_leave(struct member *m) {
     room_touch(r);
     free(m->replay);
     free(m);
+}
+
+/* ==========================================================================
+ * 8. Push
+ * ==========================================================================
+ *
+ * iOS stops an app in the background. Whoever it belongs to can only be reached by
+ * asking Apple (APNs) to show a notification. So we remember which phones, by their
+ * DEVICE TOKENS, are in which rooms, whether connected or not, and what is said in a
+ * room is pushed to those of which no connection is open. A push is a doorbell: it may
+ * be late, or never come; the app connects, and reads what it missed (chapter 6).
+ *
+ *     devices --< subscriptions >-- audiences, one a room
+ *                      |
+ *                      | what is said within a second or two is one push
+ *                      v
+ *     later (a list) --> ready (a queue) --> sent, at a gateway --> answered: gone
+ *        ^                                        |
+ *        '---------- to be tried again -----------'
+ *
+ * A gateway speaks one of two protocols over TLS. Apple's of today is HTTP/2 (RFC
+ * 9113), of which we need little: a connection of streams, one for each push, all in
+ * frames:
+ *
+ *     +-----------------+--------+--------+-+------------------+-- - -
+ *     |   length (24)   |  type  | flags  |R|  stream id (31)  | payload
+ *     +-----------------+--------+--------+-+------------------+-- - -
+ *
+ *     --> "PRI * ..." SETTINGS            <-- SETTINGS (so many streams at a time)
+ *     --> 1 HEADERS, 1 DATA               <-- 1 HEADERS :status 200
+ *     --> 3 HEADERS, 3 DATA               <-- 3 HEADERS :status 410, 3 DATA {"reason": ...}
+ *
+ * Header fields are packed (HPACK, RFC 7541). We send them unpacked, which is allowed,
+ * and ask the peer to keep no table of fields; then the status, the only one we look
+ * at, can be read without one, since it comes first.
+ *
+ * The old one, which private gateways still speak, is one packet after the other
+ * without an answer, until there is an error: then the gateway names the push that
+ * was wrong, and has thrown away all behind it, so these are sent once more:
+ *
+ *     --> 02 length (4), then items: number (1), length (2), bytes
+ *         1 token, 2 payload, 3 identifier, 4 expiration, 5 priority
+ *     --> 00 token with its length (2), payload with its length (2): older still
+ *     <-- 08 status identifier (4)
+ *
+ * When a connection breaks, the fate of what was sent on it is unknown. It is sent
+ * again; since it has the id of its message as collapse-id, the phone shows it once.
+ *
+ * Owns: devices, their subscriptions, the pushes and the gateways.
+ * Calls: 1 Bytes, 2 JSON, 3 Tables, 4 The loop, 6 History. Called by: 9 Chat, 12 Page, 13 Main.
+ * Promises: chat never waits for a push; all queues are bounded; tokens are not logged.
+ */
+
+#define PUSH_SECONDS(n) ((n) * 1000 / PUSH_SPEED)
+
+enum {
+    TOKEN_MIN = 8, TOKEN_MAX = 400,   /* hex digits */
+    DEVICES_MAX = 100000,
+    PUSH_QUEUE = 16384,               /* pushes waiting or unanswered; then the oldest goes */
+    PUSH_MERGE_MS = 1000,             /* what comes in this time is one push */
+    PUSH_EXPIRE_S = 7 * 86400,        /* Apple keeps it so long for a phone that is off */
+    PUSH_TRIES = 6,
+    PUSH_OUT = 262144,                /* bytes that wait for the socket: no more are added */
+    STREAMS_MAX = 1000,               /* unanswered at a time, whatever the peer allows */
+    REPLY_MAX = 1024, BLOCK_MAX = 65536,
+    SENT_MAX = 2048, SENT_MS = 5000,  /* binary: kept that long in case of an error */
+    FRESH_MS = 2000,                  /* binary: younger ones are lost with the connection */
+    JWT_MS = 50 * 60000,              /* then a new one is made... */
+    JWT_AGAIN_MS = 20 * 60000,        /* ...but never sooner than this */
+    VERDICTS = 20                     /* about so many tokens we remember if they were good */
+};
+
+struct device {
+    struct subscription *first;       /* its rooms; NULL: forgotten, but still connected */
+    char *uid;                        /* owned, or NULL */
+    int64_t registered_ms;            /* wall clock */
+    uint32_t online, unread;          /* connections; messages missed since the last one */
+    uint16_t token_len;
+    char token[];
+};
+
+struct audience {                     /* the phones of a room */
+    struct subscription *first;
+    uint8_t key_len;
+    char key[];                       /* as the room's */
+};
+
+struct subscription {
+    struct device *device;
+    struct audience *audience;
+    struct subscription *next, *also; /* of the same room; of the same phone */
+    struct push *waiting;             /* to be sent, until when more is merged into it; or NULL */
+};
+
+struct push {
+    struct push *next;
+    struct subscription *owner;       /* whose `waiting` it is, or NULL */
+    const void *audience;             /* of which room; only to be compared */
+    struct buf payload;               /* empty: it was taken back */
+    struct buf reply;                 /* the body of the answer */
+    int64_t due_ms, sent_ms, expires, registered_ms;   /* two times of each clock */
+    int64_t window;                   /* HTTP/2: bytes that its stream may still carry */
+    uint32_t id, unsent, tries;       /* of its stream, or identifier; bytes of the payload */
+    int status;                       /* answered so far */
+    char uuid[37], collapse[ID_BYTES + 1];
+    uint16_t token_len;
+    char token[];
+};
+
+struct list {
+    struct push *first, *last;
+    uint32_t n;
+};
+
+/* The state of a connection to a gateway. */
+struct gate {
+    struct list sent;                 /* without an answer yet, oldest first */
+    int64_t window, initial;          /* HTTP/2: bytes we may send; of a new stream */
+    int64_t asked_ms;                 /* a PING is out since then, or 0 */
+    int64_t drain_ms;                 /* no new streams; over at this time. 0: not so */
+    uint32_t next_id, limit, owed;    /* streams at a time; bytes to allow the peer again */
+    uint32_t block_of;                /* the stream whose header block is not complete, or 0 */
+    struct buf block;
+    int64_t born_ms;
+    uint32_t timeouts, errors;        /* in a row */
+    int error;                        /* what it has done wrong, to be told */
+    bool ready, resize, block_ends, orderly;   /* SETTINGS came; table size 0 is to be said;
+                                                  that block is the end; it ends as it should */
+};
+
+/* What is counted, for /metrics. */
+enum count { SENT, ACCEPTED, RETRIED, UNKNOWN, EXPIRED, OVERFLOWED, REFUSED, GONE_410, GONE_400, COUNTS };
+
+static struct {
+    struct table devices, audiences;
+    struct list later, ready;
+    struct dial dial, feedback;
+    char host[256], port[8], next_port[8];   /* of --apns; that of the feedback service */
+    struct conn *gate;                /* the gateway that new ones are sent to, or NULL */
+    int64_t redial_ms, pause_ms;      /* not before then: connect; send */
+    int64_t feedback_ms;
+    uint32_t fails, next_id;
+    bool binary, full, named;         /* --apns; --push-content */
+    bool alarmed, failing;            /* said so in the log: no push will do; devices are not stored */
+    EVP_PKEY *key;                    /* for tokens that prove who we are (JWT, RFC 7519) */
+    struct buf jwt;
+    int64_t jwt_ms;                   /* made at */
+    int cert_days;                    /* left, when we started; -1: there is none */
+    bool proved;                      /* a push was accepted: topic and environment are right */
+    struct verdict {
+        uint32_t token;
+        bool bad;
+    } verdicts[VERDICTS];
+    uint32_t n_verdicts;
+    int file;                         /* the list of devices, or -1 */
+    uint32_t file_lines;
+    struct buf lines;                 /* to be added to it */
+    struct buf title, body, uid, text;   /* of the message at hand... */
+    char id[ID_BYTES + 1];
+    slice author;
+    int test_status;                  /* of --push-test */
+    uint64_t count[COUNTS], latency_ms, responses[600];
+} push;
+
+static slice device_key(const void *item) {
+    const struct device *d = item;
+    return (slice){d->token, d->token_len};
+}
+
+static slice audience_key(const void *item) {
+    const struct audience *a = item;
+    return (slice){a->key, a->key_len};
+}
+
+static int64_t wall_ms(void) { return (int64_t)now.wall * 1000; }
+
+/* ---- Lists of pushes. ---- */
+
+static void list_add(struct list *l, struct push *p) {
+    p->next = NULL;
+    *(l->last != NULL ? &l->last->next : &l->first) = p;
+    l->last = p;
+    l->n++;
+}
+
+/* The push of this id, or NULL. They are answered in about the order of the list. */
+static struct push *list_find(const struct list *l, uint32_t id) {
+    struct push *p = l->first;
+    while (p != NULL && p->id != id) p = p->next;
+    return p;
+}
+
+static void list_remove(struct list *l, struct push *gone) {
+    struct push *before = NULL, *p = l->first;
+    for (; p != gone; p = p->next) before = p;
+    *(before != NULL ? &before->next : &l->first) = gone->next;
+    if (l->last == gone) l->last = before;
+    gone->next = NULL;
+    l->n--;
+}
+
+/* The first, or NULL. */
+static struct push *list_take(struct list *l) {
+    struct push *p = l->first;
+    if (p != NULL) list_remove(l, p);
+    return p;
+}
+
+/* Puts all of one list before all of another. */
+static void list_join(struct list *front, struct list *l) {
+    struct list both = {front->first != NULL ? front->first : l->first, l->last != NULL ? l->last : front->last,
+                        front->n + l->n};
+    if (front->last != NULL) front->last->next = l->first;
+    *l = both;
+    *front = (struct list){0};
+}
+
+static struct push *push_new(slice token) {
+    struct push *p = xcalloc(sizeof *p + token.len);
+    unsigned char r[16];
+    memcpy(p->token, token.p, token.len);
+    p->token_len = (uint16_t)token.len;
+    p->expires = now.wall + PUSH_EXPIRE_S;
+    if (RAND_bytes(r, sizeof r) != 1) die("no random bytes");
+    r[6] = (r[6] & 0x0f) | 0x40, r[8] = (r[8] & 0x3f) | 0x80;   /* RFC 9562, version 4 */
+    for (int i = 0, n = 0; i < 16; i++)
+        n += snprintf(p->uuid + n, 4, i == 4 || i == 6 || i == 8 || i == 10 ? "-%02x" : "%02x", r[i]);
+    return p;
+}
+
+static slice push_token(const struct push *p) { return (slice){p->token, p->token_len}; }
+
+static void push_free(struct push *p) {
+    if (p->owner != NULL) p->owner->waiting = NULL;
+    buf_free(&p->payload);
+    buf_free(&p->reply);
+    free(p);
+}
+
+static void push_drop(struct push *p, enum count why) {
+    push.count[why]++;
+    push_free(p);
+}
+
+/* ---- Devices. Each change is a line added to a file, which is written anew when most of
+ * its lines are outdated. ---- */
+
+/* Takes "<0A1B 2c3d>" as "0a1b2c3d". False: that is no device token. */
+static bool token_parse(slice s, struct buf *b) {
+    buf_clear(b);
+    for (; s.len > 0 && b->len <= TOKEN_MAX; s = slice_cut(s, 1)) {
+        if (*s.p == ' ' || *s.p == '<' || *s.p == '>') continue;
+        if (slice_number(slice_take(s, 1), 16) < 0) return false;
+        buf_addc(b, lower(*s.p));
+    }
+    return b->len >= TOKEN_MIN && b->len <= TOKEN_MAX && b->len % 2 == 0;
+}
+
+/* Queues the line that says what a device is now: one without rooms if it is gone. `s`, if
+ * not NULL, is a subscription of it; `p` what it could not be sent, or NULL. */
+static void device_write(const struct device *d, const struct subscription *s, const struct push *p) {
+    struct buf *b = &push.lines;
+    if (opt.data == NULL) return;
+    push.file_lines++;
+    buf_printf(b, "{\"at\":%lld,\"unread\":%u", d->first != NULL ? (long long)d->registered_ms : 0, d->unread);
+    json_add(b, "token", device_key(d));
+    if (d->uid != NULL) json_add(b, "uid", slice_of(d->uid));
+    if (s != NULL) json_add(b, "room", audience_key(s->audience));
+    if (p != NULL && p->payload.len > 0) {
+        json_add(b, "payload", buf_slice(&p->payload));
+        json_add(b, "id", slice_of(p->collapse));
+        json_add(b, "uuid", slice_of(p->uuid));
+        buf_printf(b, ",\"expires\":%lld", (long long)p->expires);
+    }
+    buf_add(b, S("}\n"));
+}
+
+/* Writes what was queued. Who cannot be kept is told of all the same, until we end. */
+static void devices_store(void) {
+    slice s = buf_slice(&push.lines);
+    if (s.len == 0) return;
+    bool ok = write(push.file, s.p, s.len) == (ssize_t)s.len && (!opt.fsync || fdatasync(push.file) == 0);
+    if (!ok && !push.failing) log_warn("--data: devices cannot be stored: %s", strerror(errno));
+    push.failing = !ok;
+    if (!ok) push.file_lines = UINT32_MAX / 2;   /* write all of it again, when that is possible */
+    buf_free(&push.lines);
+}
+
+/* Writes a whole new file instead of the old one; at the end with all that waits. */
+static void devices_compact(bool end) {
+    if (opt.data == NULL) return;
+    buf_clear(&push.lines);
+    push.file_lines = 0;
+    for (size_t i = 0; i < push.devices.cap; i++) {
+        const struct device *d = push.devices.slot[i];
+        for (struct subscription *s = d != NULL ? d->first : NULL; s != NULL; s = s->also)
+            device_write(d, s, end ? s->waiting : NULL);
+    }
+    if (data_write("devices", buf_slice(&push.lines))) {
+        if (push.file >= 0) close(push.file);
+        push.file = history_openat((struct path){"devices"}, O_WRONLY | O_APPEND);
+    }
+    buf_free(&push.lines);
+}
+
+static void subscription_free(struct subscription *s) {
+    struct subscription **at = &s->audience->first;
+    while (*at != s) at = &(*at)->next;
+    *at = s->next;
+    if (s->waiting != NULL) s->waiting->owner = NULL, buf_free(&s->waiting->payload);
+    if (s->audience->first == NULL) {
+        table_remove(&push.audiences, audience_key(s->audience));
+        free(s->audience);
+    }
+    free(s);
+}
+
+/* Frees a device that nobody needs any more. */
+static void device_release(struct device *d) {
+    if (d->first != NULL || d->online > 0) return;
+    table_remove(&push.devices, device_key(d));
+    free(d->uid);
+    free(d);
+}
+
+/* Ends all subscriptions of a phone. */
+static void push_forget(struct device *d) {
+    for (struct subscription *s; (s = d->first) != NULL;) {
+        d->first = s->also;
+        subscription_free(s);
+    }
+    device_write(d, NULL, NULL);
+    device_release(d);
+}
+
+/* The place of a phone in this audience, or NULL. */
+static struct subscription *device_in(const struct device *d, const void *audience) {
+    struct subscription *s = d->first;
+    while (s != NULL && s->audience != audience) s = s->also;
+    return s;
+}
+
+/* Subscribes a phone to the room of this key; one that has gone to another user leaves
+ * the rooms of the first, and of too many rooms the oldest is left. Returns the device,
+ * which is the caller's until push_offline(), or NULL if there are too many. `uid` may be NULL. */
+static struct device *device_subscribe(slice token, const char *uid, slice room, int64_t at_ms) {
+    struct device *d = table_find(&push.devices, token);
+    if (d == NULL && push.devices.n >= DEVICES_MAX) return NULL;
+    if (d == NULL) {
+        d = xcalloc(sizeof *d + token.len);
+        memcpy(d->token, token.p, token.len);
+        d->token_len = (uint16_t)token.len;
+        table_add(&push.devices, d);
+    }
+    d->online++;   /* so that it stays, whatever happens now */
+    d->registered_ms = at_ms;
+    if ((uid == NULL) != (d->uid == NULL) || (uid != NULL && strcmp(uid, d->uid) != 0)) {
+        if (d->first != NULL) push_forget(d);
+        free(d->uid);
+        d->uid = uid != NULL ? memcpy(xcalloc(strlen(uid) + 1), uid, strlen(uid)) : NULL;
+    }
+    struct subscription **oldest = &d->first;
+    struct audience *a = table_find(&push.audiences, room);
+    if (a != NULL && device_in(d, a) != NULL) return d;
+    for (size_t n = 1; *oldest != NULL && n < ROOMS_PER_CLIENT; n++) oldest = &(*oldest)->also;
+    if (*oldest != NULL) subscription_free(*oldest), *oldest = NULL;
+    a = table_find(&push.audiences, room);
+    if (a == NULL) {
+        a = xcalloc(sizeof *a + room.len);
+        a->key_len = (uint8_t)room.len;
+        memcpy(a->key, room.p, room.len);
+        table_add(&push.audiences, a);
+    }
+    struct subscription *s = xcalloc(sizeof *s);
+    *s = (struct subscription){.device = d, .audience = a, .next = a->first, .also = d->first};
+    return a->first = d->first = s, d;
+}
+
+/* Subscribes the phone of a client that logs in, as device_subscribe(): it is online, and
+ * has missed nothing. */
+static struct device *push_online(slice token, const char *uid, slice room) {
+    struct device *d = opt.apns != NULL ? device_subscribe(token, uid, room, wall_ms()) : NULL;
+    if (d == NULL) return NULL;
+    for (struct subscription *s = d->first; s != NULL; s = s->also)
+        if (s->waiting != NULL) s->waiting->owner = NULL, buf_free(&s->waiting->payload), s->waiting = NULL;
+    d->unread = 0;
+    device_write(d, device_in(d, table_find(&push.audiences, room)), NULL);
+    devices_store();
+    return d;
+}
+
+static void push_offline(struct device *d) {
+    d->online--;
+    device_release(d);
+}
+
+/* Queues a push to a subscription, which waits for its payload. If there are too many the oldest goes. */
+static struct push *push_queue(struct subscription *s) {
+    struct push *p = s->waiting = push_new(device_key(s->device));
+    p->owner = s;
+    p->audience = s->audience;
+    p->due_ms = now.ms + PUSH_MERGE_MS;
+    p->registered_ms = s->device->registered_ms;
+    bool full = push.later.n + push.ready.n >= PUSH_QUEUE;
+    if (full) push_drop(list_take(push.ready.n > 0 ? &push.ready : &push.later), OVERFLOWED);
+    list_add(&push.later, p);
+    return p;
+}
+
+/* Takes up a line of the file. */
+static void device_read(struct json_field *f) {
+    struct buf text = {0}, token = {0};
+    bool ok = json_text(f[0].raw, &text) && token_parse(buf_slice(&text), &token);
+    int64_t at = slice_number(f[1].raw, 10), unread = slice_number(f[2].raw, 10);
+    struct device *d = ok ? table_find(&push.devices, buf_slice(&token)) : NULL;
+    buf_clear(&text);
+    json_text(f[4].raw, &text);
+    slice room = buf_slice(&text);
+    buf_clear(&push.uid);
+    json_text(f[3].raw, &push.uid);
+    buf_addc(&push.uid, '\0');
+    if (at <= 0 && d != NULL) push_forget(d);
+    if (ok && at > 0 && room.len > 6 && room.len <= TABLE_KEY_MAX) {
+        d = device_subscribe(buf_slice(&token), push.uid.len > 1 ? buf_slice(&push.uid).p : NULL, room, at);
+        if (d != NULL) d->online--;
+    }
+    if (at > 0 && unread >= 0 && d != NULL) d->registered_ms = at, d->unread = (uint32_t)unread;
+    struct subscription *s = at > 0 && d != NULL ? device_in(d, table_find(&push.audiences, room)) : NULL;
+    if (s != NULL && s->waiting == NULL && f[6].raw.len == ID_BYTES + 2 && f[7].raw.len == 38) {
+        struct push *p = push_queue(s);
+        json_text(f[5].raw, &p->payload);
+        memcpy(p->collapse, f[6].raw.p + 1, ID_BYTES);
+        memcpy(p->uuid, f[7].raw.p + 1, 36);
+        p->expires = slice_number(f[8].raw, 10);
+    }
+    buf_free(&text);
+    buf_free(&token);
+}
+
+/* ---- What is said becomes pushes. ---- */
+
+/* Reads a line of history into push.title and so on. */
+static bool push_read(slice line) {
+    struct json_field f[] = {{.name = "from_client_name"}, {.name = "content"}, {.name = "from_uid"}, {.name = "id"},
+                             {.name = "from_client_id"}};
+    size_t where;
+    if (json_pick(line, f, 5, &where) != NULL || f[3].raw.p == NULL || f[3].raw.len != ID_BYTES + 2) return false;
+    buf_clear(&push.title), buf_clear(&push.body), buf_clear(&push.uid), buf_clear(&push.text);
+    json_text(f[0].raw, &push.text);
+    html_text(&push.title, buf_slice(&push.text));
+    buf_clear(&push.text);
+    json_text(f[1].raw, &push.text);
+    slice content = buf_slice(&push.text);
+    const char *end = slice_starts(content, S("<b>")) ? memchr(content.p + 3, '/', content.len - 3) : NULL;
+    if (end != NULL) content = slice_cut(content, (size_t)(end - content.p) + 3);   /* "<b>says to you: </b>" */
+    html_text(&push.body, content);
+    json_text(f[2].raw, &push.uid);
+    memcpy(push.id, f[3].raw.p + 1, ID_BYTES);
+    push.author = f[4].raw.p != NULL ? json_inside(f[4].raw) : S("");
+    return true;
+}
+
+static void push_write(struct buf *b, const struct subscription *s, slice body, bool cut) {
+    buf_clear(b);
+    buf_add(b, S("{\"aps\":{\"alert\":{"));
+    if (push.named) json_add(b, "title", buf_slice(&push.title));
+    if (push.named) json_add(b, "body", push.full ? body : S("New message"));
+    else json_add(b, "loc-key", S("NEW_MESSAGE"));
+    if (cut) b->len--, buf_add(b, S("\xe2\x80\xa6\""));
+    buf_printf(b, "},\"badge\":%u,\"sound\":\"default\"", s->device->unread);
+    if (push.named) json_add(b, "thread-id", slice_cut(audience_key(s->audience), 6));
+    buf_add(b, S("}}"));
+}
+
+/* Writes the payload: as much of the body as fits. */
+static void push_fill(struct buf *b, const struct subscription *s) {
+    size_t limit = !push.binary ? 4096 : opt.apns_format == 2 ? 2048 : 256;
+    slice body = buf_slice(&push.body);
+    if (body.len > limit) body.len = limit;   /* it does not fit anyway */
+    push_write(b, s, body, false);
+    if (b->len <= limit && body.len == push.body.len) return;
+    size_t over = (b->len > limit ? b->len - limit : 0) + 3;
+    body.len = over < body.len ? body.len - over : 0;
+    while (body.len > 0 && (body.p[body.len] & 0xc0) == 0x80) body.len--;   /* between two characters */
+    push_write(b, s, body, true);
+}
+
+/* The phone of this subscription has missed the message at hand. */
+static void push_tell(struct subscription *s) {
+    struct push *p = s->waiting;
+    s->device->unread++;
+    if (p == NULL) p = push_queue(s);
+    memcpy(p->collapse, push.id, sizeof p->collapse);
+    push_fill(&p->payload, s);
+    device_write(s->device, NULL, NULL);
+}
+
+/* `said` of the rooms. */
+static void push_said(slice key, slice line) {
+    struct audience *a = table_find(&push.audiences, key);
+    if (a == NULL || !push_read(line)) return;
+    for (struct subscription *s = a->first; s != NULL; s = s->next)
+        if (s->device->online == 0 && (push.uid.len == 0 || s->device->uid == NULL ||
+                                       !slice_eq(buf_slice(&push.uid), slice_of(s->device->uid)))) push_tell(s);
+}
+
+/* The last connection of a phone is ending, and what came behind this position in a
+ * room may not have reached it; its own words, those of the client `self`, did. */
+static void push_missed(struct device *d, struct history *h, uint64_t since, slice self) {
+    struct subscription *s = device_in(d, table_find(&push.audiences, history_key(h)));
+    uint64_t at = h->end, newest = 0;
+    uint32_t n = 0;
+    slice line;
+    if (s == NULL || d->online != 1) return;
+    for (int i = 0; i < HISTORY_MAX && history_before(h, &at, &line) && at >= since; i++)
+        if (push_read(line) && !slice_eq(push.author, self) && n++ == 0) newest = at + line.len + 1;
+    if (n == 0 || !history_before(h, &newest, &line) || !push_read(line)) return;
+    d->unread += n - 1;
+    push_tell(s);
+}
+
+/* ---- Who we are: a token (JWT, RFC 7519) that our key has signed (ES256), one for all
+ * connections. Apple wants it renewed within an hour, and not too often. ---- */
+
+/* RFC 4648, section 5, without padding. */
+static void base64url(struct buf *b, slice s) {
+    char *p = buf_room(b, 4 * (s.len / 3 + 1) + 1);
+    int n = EVP_EncodeBlock((unsigned char *)p, (const unsigned char *)s.p, (int)s.len);
+    while (n > 0 && p[n - 1] == '=') n--;
+    for (int i = 0; i < n; i++) p[i] = p[i] == '+' ? '-' : p[i] == '/' ? '_' : p[i];
+    b->len += (uint32_t)n;
+}
+
+/* OpenSSL wraps the two numbers of a signature in DER; JWT has them bare, of 32 bytes each. */
+static bool jwt_bare(const unsigned char *der, size_t n, unsigned char bare[64]) {
+    ECDSA_SIG *sig = d2i_ECDSA_SIG(NULL, &der, (long)n);
+    bool ok = sig != NULL && BN_bn2binpad(ECDSA_SIG_get0_r(sig), bare, 32) == 32 &&
+              BN_bn2binpad(ECDSA_SIG_get0_s(sig), bare + 32, 32) == 32;
+    ECDSA_SIG_free(sig);
+    return ok;
+}
+
+static void jwt_make(struct buf *jwt, int64_t iat) {
+    unsigned char der[160], bare[64];
+    size_t n = sizeof der;
+    struct buf json = {0};
+    buf_printf(&json, "{\"alg\":\"ES256\",\"kid\":\"%s\"}", opt.apns_key_id);
+    base64url(jwt, buf_slice(&json));
+    buf_clear(&json);
+    buf_printf(&json, "{\"iss\":\"%s\",\"iat\":%lld}", opt.apns_team_id, (long long)iat);
+    buf_addc(jwt, '.');
+    base64url(jwt, buf_slice(&json));
+    buf_free(&json);
+    EVP_MD_CTX *sign = EVP_MD_CTX_new();
+    bool ok = sign != NULL && EVP_DigestSignInit(sign, NULL, EVP_sha256(), NULL, push.key) == 1 &&
+              EVP_DigestSign(sign, der, &n, (const unsigned char *)buf_slice(jwt).p, jwt->len) == 1;
+    EVP_MD_CTX_free(sign);
+    if (!ok || !jwt_bare(der, n, bare)) die("--apns-key: cannot sign");
+    buf_addc(jwt, '.');
+    base64url(jwt, (slice){(char *)bare, sizeof bare});
+}
+
+/* The token. It is kept over restarts. */
+static slice jwt_get(void) {
+    if (push.jwt.len > 0 && now.ms - push.jwt_ms < JWT_MS) return buf_slice(&push.jwt);
+    struct buf json = {0};
+    buf_clear(&push.jwt);
+    jwt_make(&push.jwt, now.wall);
+    push.jwt_ms = now.ms;
+    buf_printf(&json, "{\"iat\":%lld", (long long)now.wall);
+    json_add(&json, "key_id", slice_of(opt.apns_key_id));
+    json_add(&json, "team_id", slice_of(opt.apns_team_id));
+    json_add(&json, "jwt", buf_slice(&push.jwt));
+    buf_addc(&json, '}');
+    if (opt.data != NULL) data_write("apns-jwt", buf_slice(&json));
+    buf_free(&json);
+    return buf_slice(&push.jwt);
+}
+
+/* Takes up the one that is kept. */
+static void jwt_read(struct json_field *f) {
+    int64_t age_ms = wall_ms() - slice_number(f[2].raw, 10) * 1000;
+    bool ours = json_is(f[0].raw, opt.apns_key_id) && json_is(f[1].raw, opt.apns_team_id);
+    if (ours && age_ms >= 0 && age_ms < JWT_MS && json_text(f[3].raw, &push.jwt)) push.jwt_ms = now.ms - age_ms;
+}
+
+/* ---- What becomes of a push. ---- */
+
+static int64_t push_jitter(int64_t ms) {
+    unsigned char random = 0;
+    RAND_bytes(&random, 1);
+    return now.ms + ms * (192 + random / 2) / 256;   /* 75 to 125 % */
+}
+
+/* Gets a push ready to be sent once more. False: it is not wanted any more, and freed. */
+static bool push_again(struct push *p) {
+    struct device *d = table_find(&push.devices, push_token(p));
+    struct subscription *s = d != NULL ? device_in(d, p->audience) : NULL;
+    bool newer = s != NULL && (s->waiting != NULL || d->online > 0);
+    if (p->audience != NULL && (s == NULL || newer)) return push_free(p), false;
+    if (s != NULL) s->waiting = p, p->owner = s;
+    p->status = 0;
+    buf_free(&p->reply);
+    push.count[RETRIED]++;
+    return true;
+}
+
+/* Tries a push again, later each time. */
+static void push_retry(struct push *p) {
+    static const int delays[PUSH_TRIES] = {0, 2, 10, 60, 300, 900};
+    if (++p->tries >= PUSH_TRIES) push_drop(p, REFUSED);
+    else if (push_again(p)) {
+        p->due_ms = push_jitter(PUSH_SECONDS(delays[p->tries]));
+        list_add(&push.later, p);
+    }
+}
+
+/* These were not even looked at: they are sent again, before all others. */
+static void push_rewind(struct list *l) {
+    struct list again = {0};
+    for (struct push *p; (p = list_take(l)) != NULL;)
+        if (push_again(p)) list_add(&again, p);
+    list_join(&again, &push.ready);
+}
+
+/* Something is set up wrong, and every push would fail: says so, and waits. */
+static void push_pause(const char *reason, const char *words) {
+    if (!push.alarmed) log_warn("--apns: %s: %s; pushes wait, devices are kept", reason, words);
+    push.alarmed = true;
+    push.pause_ms = now.ms + PUSH_SECONDS(300);
+}
+
+/* Remembers whether the token of this push was good. False: so many were bad lately that the fault must be ours. */
+static bool push_judge(const struct push *p, bool bad) {
+    struct verdict v = {(uint32_t)slice_number(slice_take(push_token(p), 8), 16), bad};
+    uint32_t i = 0, n_bad = 0;
+    while (i < push.n_verdicts && push.verdicts[i].token != v.token) i++;
+    if (i == VERDICTS) memmove(push.verdicts, push.verdicts + 1, --i * sizeof v);
+    if (i == push.n_verdicts && i < VERDICTS) push.n_verdicts++;
+    push.verdicts[i] = v;
+    for (i = 0; i < push.n_verdicts; i++) n_bad += push.verdicts[i].bad;
+    return push.proved && n_bad <= VERDICTS / 2;
+}
+
+static void push_done(struct push *p) {
+    push_judge(p, false);
+    push.count[ACCEPTED]++;
+    push.fails = 0;
+    push.proved = true;
+    push.alarmed = false;
+    push_free(p);
+}
+
+/* Drops a push to a token that is no good, and forgets the token, unless it was registered
+ * again meanwhile. `since_ms`: it has been dead since then, or 0. */
+static void push_dead(struct push *p, int64_t since_ms, enum count why) {
+    struct device *d = table_find(&push.devices, push_token(p));
+    bool same = d != NULL && (since_ms > 0 ? d->registered_ms <= since_ms : d->registered_ms == p->registered_ms);
+    push.count[why] += same;
+    if (same) push_forget(d);
+    push_drop(p, REFUSED);
+}
+
+/* What answers mean, for us and for people; the first that fits counts. A reason may be
+ * given, or a range of statuses. */
+enum fate { DONE, DEAD, SUSPECT, CONFIG, RENEW, RECONNECT, LATER, DROP };
+
+static const struct answer {
+    const char *reason;
+    int least, most;
+    enum fate fate;
+    const char *words;
+} answers[] = {
+    {NULL, 200, 299, DONE, "accepted"},
+    {"Unregistered", 0, 0, DEAD, "the app is no longer on that phone: the token is dead"},
+    {"ExpiredToken", 0, 0, DEAD, "the token has expired: it is dead"},
+    {NULL, 410, 410, DEAD, "the token is dead"},
+    {"BadDeviceToken", 0, 0, SUSPECT, "no such device token there: it is dead, or of the other environment (sandbox)"},
+    {"DeviceTokenNotForTopic", 0, 0, SUSPECT, "the token is of another app than --apns-topic"},
+    {"BadTopic", 0, 0, CONFIG, "--apns-topic is wrong: it is the app's bundle id"},
+    {"MissingTopic", 0, 0, CONFIG, "--apns-topic is needed"},
+    {"TopicDisallowed", 0, 0, CONFIG, "this key or certificate may not push to the app of --apns-topic"},
+    {"BadCertificate", 0, 0, CONFIG, "--apns-cert is not accepted: expired, revoked or of another kind"},
+    {"BadCertificateEnvironment", 0, 0, CONFIG, "--apns-cert is for the other environment (sandbox or production)"},
+    {"BadEnvironmentKeyIdInToken", 0, 0, CONFIG, "--apns-key is for the other environment (sandbox or production)"},
+    {"BadEnvironmentKeyInToken", 0, 0, CONFIG, "--apns-key is for the other environment (sandbox or production)"},
+    {"InvalidProviderToken", 0, 0, CONFIG, "wrong key: --apns-key, --apns-key-id and --apns-team-id do not match, "
+                                           "or the clock is wrong"},
+    {"MissingProviderToken", 0, 0, CONFIG, "--apns-cert is needed, or --apns-key with --apns-key-id"},
+    {"Forbidden", 0, 0, CONFIG, "this is not allowed with this key or certificate"},
+    {"ExpiredProviderToken", 0, 0, RENEW, "the clock is wrong: our token counts as too old"},
+    {"TooManyProviderTokenUpdates", 0, 0, RECONNECT, "new tokens came too often; do several servers use this key?"},
+    {"UnrelatedKeyIdInToken", 0, 0, RECONNECT, "this key has nothing to do with the one used before"},
+    {"IdleTimeout", 0, 0, RECONNECT, "the connection was idle for too long"},
+    {"Shutdown", 0, 0, RECONNECT, "the server is going down"},
+    {NULL, 429, 429, LATER, "too many pushes to this phone"},
+    {NULL, 500, 599, LATER, "there is trouble at the gateway"},
+    {NULL, INT32_MIN, INT32_MAX, DROP, "not accepted"},
+};
+
+static const struct answer *answer_find(slice reason, int status) {
+    const struct answer *a = answers;
+    while (a->reason != NULL ? !slice_eq(reason, slice_of(a->reason)) : status < a->least || status > a->most) a++;
+    return a;
+}
+
+/* Takes a push that was answered. Ends the connection, if it is of no more use. */
+static void push_answered(struct conn *c, struct push *p, int status, slice reason, int64_t since_ms) {
+    const struct answer *a = answer_find(reason, status);
+    struct gate *g = c->state;
+    enum fate fate = a->fate;
+    if (fate != DONE) log_info("apns: %.8s...: %d %.*s: %s", p->token, status, F(reason), a->words);
+    if (opt.push_test != NULL) {
+        printf("%d %.*s: %s\n", status, F(reason), a->words);
+        push.test_status = fate != DONE;
+        p->tries = PUSH_TRIES;
+        g->orderly = true;
+        conn_close(c, "tested");
+    }
+    g->errors = status == 500 ? g->errors + 1 : 0;
+    if (fate == RENEW && now.ms - push.jwt_ms < JWT_AGAIN_MS) fate = CONFIG;
+    if (fate == RENEW) buf_clear(&push.jwt);
+    if (fate == CONFIG) push_pause(reason.len > 0 ? a->reason : "refused", a->words);
+    if (fate == CONFIG || fate == RENEW || fate == RECONNECT || g->errors >= 2) conn_close(c, a->words);
+    bool dead = fate == DEAD || (fate == SUSPECT && push_judge(p, true));
+    if (fate == SUSPECT && !dead && push.n_verdicts >= 3)
+        push_pause(a->reason, "most tokens are refused: check --apns (environment) and --apns-topic");
+    if (fate == DONE) push_done(p);
+    else if (dead) push_dead(p, since_ms, fate == DEAD ? GONE_410 : GONE_400);
+    else if (fate == SUSPECT || fate == DROP) push_drop(p, REFUSED);
+    else push_retry(p);
+}
+
+/* ---- The binary protocol. ---- */
+
+static void binary_item(struct buf *b, int number, slice data) {
+    buf_be(b, (uint64_t)number, 1);
+    buf_be(b, data.len, 2);
+    buf_add(b, data);
+}
+
+/* Appends the packet of a push. Its token has 32 bytes. */
+static void binary_packet(struct buf *b, const struct push *p) {
+    char token[32];
+    slice payload = buf_slice(&p->payload);
+    for (size_t i = 0; i < sizeof token; i++) token[i] = (char)slice_number((slice){p->token + 2 * i, 2}, 16);
+    if (opt.apns_format == 0) {
+        binary_item(b, 0, (slice){token, sizeof token});   /* here 0 is the command */
+        buf_be(b, payload.len, 2);
+        buf_add(b, payload);
+        return;
+    }
+    buf_be(b, 2, 1);
+    buf_be(b, 56 + payload.len, 4);
+    binary_item(b, 1, (slice){token, sizeof token});
+    binary_item(b, 2, payload);
+    buf_be(b, 0x030004, 3), buf_be(b, p->id, 4);
+    buf_be(b, 0x040004, 3), buf_be(b, (uint64_t)p->expires, 4);
+    buf_be(b, 0x050001, 3), buf_be(b, 10, 1);   /* now */
+}
+
+/* An error packet: the push it names was the last that was looked at. */
+static void binary_error(struct conn *c, int status, uint32_t id) {
+    static const char *const words[] = {
+        "no error", "trouble at the gateway", "no device token", "no topic: is this the right certificate?",
+        "no payload", "a device token of a wrong size", "a topic of a wrong size", "the payload is too long",
+        "the token is dead, or of the other environment (sandbox)",
+    };
+    struct gate *g = c->state;
+    struct push *p = list_find(&g->sent, id);
+    const char *why = status <= 8 ? words[status] : status == 10 ? "it is going down" : "it could not read that";
+    log_info("apns: error %d: %s", status, why);
+    if (opt.push_test != NULL) printf("error %d: %s\n", status, why);
+    if (p == NULL) return;
+    g->orderly = true;
+    while (g->sent.first != p) push_done(list_take(&g->sent));
+    list_take(&g->sent);
+    if (status == 3 || status == 6) push_pause("certificate", why);
+    if (status == 0 || status == 10) push_done(p);
+    else if (status == 5 || (status == 8 && push_judge(p, true))) push_dead(p, 0, GONE_400);
+    else if (status == 1 || status == 3 || status == 6 || (status == 255 && p->tries == 0)) push_retry(p);
+    else push_drop(p, REFUSED);
+    push_rewind(&g->sent);
+}
+
+static ssize_t binary_feed(struct conn *c, char *p, size_t n) {
+    if (n < 6) return 0;
+    if (p[0] == 8) binary_error(c, (unsigned char)p[1], be32(p + 2));
+    conn_close(c, p[0] == 8 ? "error packet" : "it does not speak the binary protocol");
+    return 6;
+}
+
+/* Pushes that no error has come for are taken as accepted after a while. */
+static void binary_tick(struct conn *c) {
+    struct gate *g = c->state;
+    for (struct push *p; (p = g->sent.first) != NULL;) {
+        int64_t age = now.ms - p->sent_ms;
+        bool tested = opt.push_test != NULL && age >= FRESH_MS;
+        if (!tested && age < (g->sent.n > SENT_MAX ? SENT_MS : 12 * SENT_MS)) break;
+        if (tested) puts("sent, and no error came back"), push.test_status = 0, conn_close(c, "tested");
+        push_done(list_take(&g->sent));
+    }
+}
+
+/* The feedback service tells which tokens are dead: time (4), length (2), token. */
+static ssize_t feedback_feed(struct conn *c, char *p, size_t n) {
+    size_t len = n >= 6 ? be32(p + 2) & 0xffff : 0;
+    if (n < 6 || n < 6 + len) return 0;
+    buf_clear(&push.text);
+    for (size_t i = 0; i < len; i++) buf_printf(&push.text, "%02x", (unsigned char)p[6 + i]);
+    struct device *d = len <= TOKEN_MAX / 2 ? table_find(&push.devices, buf_slice(&push.text)) : NULL;
+    if (d != NULL && d->registered_ms <= (int64_t)be32(p) * 1000) push.count[GONE_410]++, push_forget(d);
+    (void)c;
+    return (ssize_t)(6 + len);
+}
+
+static void feedback_closed(struct conn *c) { c->eof = true; }
+
+static const struct proto feedback_proto = {.name = "feedback", .feed = feedback_feed, .closed = feedback_closed};
+
+static void feedback_opened(struct conn *c, const char *why) {
+    if (c == NULL) log_info("apns feedback: %s", why);
+}
+
+/* ---- HPACK (RFC 7541). ---- */
+
+/* A number in the low bits of a byte whose others are the pattern; `most` is all of those bits. */
+static void hpack_number(struct buf *b, int pattern, size_t most, size_t n) {
+    buf_addc(b, (char)(pattern | (int)(n < most ? n : most)));
+    if (n < most) return;
+    for (n -= most; n >= 128; n >>= 7) buf_addc(b, (char)(n | 128));
+    buf_addc(b, (char)n);
+}
+
+static void hpack_string(struct buf *b, slice s) {
+    hpack_number(b, 0, 127, s.len);
+    buf_add(b, s);
+}
+
+/* A field that is not to be remembered; its name is in the table of section A, or spelled out. */
+static void hpack_field(struct buf *b, int pattern, size_t index, const char *name, slice value) {
+    hpack_number(b, pattern, 15, index);
+    if (index == 0) hpack_string(b, slice_of(name));
+    hpack_string(b, value);
+}
+
+/* Takes a number off the block; -1: it is cut short, or too large. */
+static int64_t hpack_take(slice *s, uint8_t most) {
+    int64_t n = s->len > 0 ? (uint8_t)*s->p & most : -1;
+    if (s->len > 0) *s = slice_cut(*s, 1);
+    if (n != most) return n;
+    for (int shift = 0; shift < 35 && s->len > 0; shift += 7) {
+        uint8_t c = (uint8_t)*s->p;
+        *s = slice_cut(*s, 1);
+        n += (int64_t)(c & 127) << shift;
+        if (c < 128) return n <= INT32_MAX ? n : -1;
+    }
+    return -1;
+}
+
+static bool hpack_take_string(slice *s, slice *text, bool *huffman) {
+    *huffman = s->len > 0 && (*s->p & 0x80) != 0;
+    int64_t n = hpack_take(s, 127);
+    if (n < 0 || (uint64_t)n > s->len) return false;
+    *text = slice_take(*s, (size_t)n);
+    *s = slice_cut(*s, (size_t)n);
+    return true;
+}
+
+/* Three digits; 0 for anything else. Of the Huffman code (section B) these are ten:
+ *
+ *     0 00000   1 00001   2 00010   3 011001   4 011010 ... 9 011111
+ */
+static int hpack_digits(slice s, bool huffman) {
+    uint32_t bits = 0, left = 0;
+    int status = 0;
+    if (!huffman) return s.len == 3 && slice_number(s, 10) > 0 ? (int)slice_number(s, 10) : 0;
+    for (size_t i = 0; i < s.len && i < 3; i++, left += 8) bits = bits << 8 | (uint8_t)s.p[i];
+    for (int i = 0; i < 3; i++) {
+        if (left < 5) return 0;
+        uint32_t digit = bits >> (left -= 5) & 31;
+        if (digit > 2 && (digit < 12 || digit > 15 || left == 0)) return 0;
+        if (digit > 2 && (digit = (digit - 12) * 2 + 2 + (bits >> --left & 1)) == 2) return 0;
+        status = status * 10 + (int)digit;
+    }
+    bool padded = left < 8 && (bits & ((1u << left) - 1)) == (1u << left) - 1;
+    return s.len <= 3 && padded ? status : 0;
+}
+
+/* The status in a header block; 0: it is in a table, which we do not keep; -1: the block makes no sense. */
+static int hpack_status(slice s) {
+    static const int known[] = {200, 204, 206, 304, 400, 404, 500};   /* 8 to 14 of the static table */
+    slice text;
+    bool huffman;
+    while (s.len > 0 && (*s.p & 0xe0) == 0x20)   /* the size of that table */
+        if (hpack_take(&s, 31) < 0) return -1;
+    while (s.len > 0) {
+        int c = (uint8_t)*s.p;
+        int64_t index = hpack_take(&s, c >= 128 ? 127 : c >= 64 ? 63 : 15);
+        bool status = index >= 8 && index <= 14;
+        if (index < 0 || (index == 0 && c >= 128)) return -1;
+        if (index > 61) return 0;
+        if (c >= 128 && status) return known[index - 8];
+        if (c >= 128) continue;
+        if (index == 0) {
+            if (!hpack_take_string(&s, &text, &huffman)) return -1;
+            status = slice_eq(text, huffman ? S("\xb8\x84\x8d\x36\xa3") : S(":status"));
+        }
+        if (!hpack_take_string(&s, &text, &huffman)) return -1;
+        if (status) return hpack_digits(text, huffman);
+    }
+    return -1;
+}
+
+/* ---- HTTP/2 (RFC 9113). ---- */
+
+enum { H2_DATA, H2_HEADERS, H2_PRIORITY, H2_RST, H2_SETTINGS, H2_PROMISE, H2_PING, H2_GOAWAY, H2_WINDOW, H2_MORE };
+enum { H2_END = 1, H2_ACK = 1, H2_BLOCK_END = 4, H2_PADDED = 8, H2_PRIORITIZED = 0x20 };
+enum { H2_PROTOCOL = 1, H2_FLOW = 3, H2_SIZE = 6, H2_REFUSED, H2_CANCEL, H2_COMPRESSION, H2_FRAME_MAX = 16384 };
+
+static void h2_frame(struct buf *b, int type, int flags, uint32_t id, slice payload) {
+    buf_be(b, payload.len, 3);
+    buf_be(b, (uint64_t)type, 1);
+    buf_be(b, (uint64_t)flags, 1);
+    buf_be(b, id, 4);
+    buf_add(b, payload);
+}
+
+/* The same, for a payload of one number of 32 bits. */
+static void h2_number(struct conn *c, int type, uint32_t id, uint32_t number) {
+    char be[] = {(char)(number >> 24), (char)(number >> 16), (char)(number >> 8), (char)number};
+    h2_frame(&c->out, type, 0, id, (slice){be, sizeof be});
+    conn_touch(c);
+}
+
+/* Sends as much of the payload as the windows let through. */
+static void h2_data(struct conn *c, struct push *p) {
+    struct gate *g = c->state;
+    int64_t most = p->window < g->window ? p->window : g->window;
+    slice rest = slice_cut(buf_slice(&p->payload), p->payload.len - p->unsent);
+    if (rest.len == 0 || most <= 0) return;
+    if ((int64_t)rest.len > most) rest.len = (size_t)most;   /* less than a frame holds */
+    p->unsent -= (uint32_t)rest.len;
+    p->window -= (int64_t)rest.len;
+    g->window -= (int64_t)rest.len;
+    h2_frame(&c->out, H2_DATA, p->unsent == 0 ? H2_END : 0, p->id, rest);
+    conn_touch(c);
+}
+
+/* Appends the header block of a push. */
+static void h2_block(struct buf *b, const struct push *p, slice jwt) {
+    char number[24];
+    struct buf text = {0};
+    buf_add(b, S("\x83\x87"));   /* :method POST, :scheme https */
+    buf_printf(&text, "/3/device/%.*s", F(push_token(p)));
+    hpack_field(b, 0, 4, ":path", buf_slice(&text));
+    hpack_field(b, 0, 1, ":authority", slice_of(push.dial.host));
+    buf_clear(&text);
+    buf_printf(&text, "bearer %.*s", F(jwt));
+    if (jwt.len > 0) hpack_field(b, 0x10, 23, "authorization", buf_slice(&text));   /* a secret: 0x10 */
+    buf_free(&text);
+    hpack_field(b, 0, 31, "content-type", S("application/json"));
+    snprintf(number, sizeof number, "%u", p->payload.len);
+    hpack_field(b, 0, 28, "content-length", slice_of(number));
+    hpack_field(b, 0, 0, "apns-topic", slice_of(opt.apns_topic));
+    hpack_field(b, 0, 0, "apns-push-type", S("alert"));
+    hpack_field(b, 0, 0, "apns-id", slice_of(p->uuid));
+    snprintf(number, sizeof number, "%lld", (long long)p->expires);
+    hpack_field(b, 0, 0, "apns-expiration", slice_of(number));
+    hpack_field(b, 0, 0, "apns-priority", S("10"));
+    if (*p->collapse != '\0') hpack_field(b, 0, 0, "apns-collapse-id", slice_of(p->collapse));
+}
+
+static void h2_request(struct conn *c, struct push *p) {
+    struct gate *g = c->state;
+    struct buf block = {0};
+    if (g->resize) buf_addc(&block, 0x20);   /* the peer keeps no table, and waits for us to know */
+    g->resize = false;
+    h2_block(&block, p, push.key != NULL ? jwt_get() : S(""));
+    p->id = g->next_id;
+    g->next_id += 2;
+    p->window = g->initial;
+    p->unsent = p->payload.len;
+    h2_frame(&c->out, H2_HEADERS, H2_BLOCK_END, p->id, buf_slice(&block));
+    h2_data(c, p);
+    buf_free(&block);
+}
+
+/* The answer to a push is complete. */
+static void h2_answer(struct conn *c, struct push *p) {
+    struct json_field f[] = {{.name = "reason"}, {.name = "timestamp"}};
+    struct gate *g = c->state;
+    size_t where;
+    bool body = p->reply.len > 0 && json_pick(buf_slice(&p->reply), f, 2, &where) == NULL;
+    slice reason = body && f[0].raw.p != NULL && *f[0].raw.p == '"' ? json_inside(f[0].raw) : S("");
+    int64_t since_ms = body && f[1].raw.p != NULL ? slice_number(f[1].raw, 10) : 0;
+    list_remove(&g->sent, p);
+    struct buf reply = p->reply;   /* the reason is in it */
+    p->reply = (struct buf){0};
+    g->timeouts = 0;
+    push.latency_ms += (uint64_t)(now.ms - p->sent_ms);
+    push.responses[p->status > 0 && p->status < 600 ? p->status : 0]++;
+    push.count[UNKNOWN] += p->status == 0;
+    push_answered(c, p, p->status == 0 && reply.len == 0 ? 200 : p->status, reason, since_ms > 0 ? since_ms : 0);
+    buf_free(&reply);
+}
+
+/* No new streams: another connection takes over, and this one waits for its answers. */
+static void h2_drain(struct conn *c) {
+    struct gate *g = c->state;
+    if (g->drain_ms == 0) g->drain_ms = now.ms + PUSH_SECONDS(10);
+    g->orderly = true;
+    if (push.gate == c) push.gate = NULL;
+}
+
+static int h2_settings(struct conn *c, slice s) {
+    struct gate *g = c->state;
+    if (s.len % 6 != 0) return H2_SIZE;
+    for (; s.len > 0; s = slice_cut(s, 6)) {
+        int what = (uint8_t)s.p[1] | (uint8_t)s.p[0] << 8;
+        uint32_t value = be32(s.p + 2);
+        if (what == 1 && value < 4096) g->resize = true;
+        if (what == 3) g->limit = value < STREAMS_MAX ? value : STREAMS_MAX;
+        if (what == 4 && value > INT32_MAX) return H2_FLOW;
+        for (struct push *p = g->sent.first; what == 4 && p != NULL; p = p->next) p->window += value - g->initial;
+        if (what == 4) g->initial = value;
+    }
+    h2_frame(&c->out, H2_SETTINGS, H2_ACK, 0, S(""));
+    g->ready = true;
+    conn_touch(c);
+    for (struct push *p = g->sent.first; p != NULL; p = p->next) h2_data(c, p);
+    return 0;
+}
+
+static int h2_window(struct conn *c, struct push *p, uint32_t id, uint32_t more) {
+    struct gate *g = c->state;
+    int64_t *window = id == 0 ? &g->window : p != NULL ? &p->window : NULL;
+    if (window == NULL) return 0;
+    *window += more & INT32_MAX;
+    if ((more & INT32_MAX) == 0) return H2_PROTOCOL;
+    if (*window > INT32_MAX) return H2_FLOW;
+    for (p = g->sent.first; p != NULL; p = p->next) h2_data(c, p);
+    return 0;
+}
+
+/* Those above the last stream were not looked at. */
+static int h2_goaway(struct conn *c, slice s) {
+    struct gate *g = c->state;
+    struct list kept = {0}, lost = {0};
+    if (s.len < 8) return H2_SIZE;
+    log_info("apns: goodbye from the gateway, code %u %.*s", be32(s.p + 4), F(slice_cut(s, 8)));
+    for (struct push *p; (p = list_take(&g->sent)) != NULL;)
+        list_add(p->id > (be32(s.p) & INT32_MAX) ? &lost : &kept, p);
+    g->sent = kept;
+    h2_drain(c);
+    if (be32(s.p + 4) != 0) g->orderly = false;   /* wait before connecting again */
+    push_rewind(&lost);
+    return 0;
+}
+
+/* A header block is complete. */
+static int h2_headers(struct conn *c, struct push *p) {
+    struct gate *g = c->state;
+    int status = hpack_status(buf_slice(&g->block));
+    buf_free(&g->block);
+    g->block_of = 0;
+    if (status < 0) return H2_COMPRESSION;
+    if (p != NULL && p->status == 0 && (status >= 200 || status == 0)) p->status = status;   /* not 1xx, nor trailers */
+    if (p != NULL && g->block_ends) h2_answer(c, p);
+    return 0;
+}
+
+/* Takes padding and priority off a payload. */
+static bool h2_strip(int flags, slice *s) {
+    size_t pad = (flags & H2_PADDED) != 0 && s->len > 0 ? (uint8_t)*s->p : 0;
+    size_t front = ((flags & H2_PADDED) != 0 ? 1u : 0u) + ((flags & H2_PRIORITIZED) != 0 ? 5u : 0u);
+    if (front + pad > s->len) return false;
+    *s = slice_take(slice_cut(*s, front), s->len - front - pad);
+    return true;
+}
+
+/* Handles a frame. Returns 0, or the code of an error that ends the connection. */
+static int h2_handle(struct conn *c, int type, int flags, uint32_t id, slice s) {
+    struct gate *g = c->state;
+    struct push *p = id != 0 ? list_find(&g->sent, id) : NULL;
+    bool first = g->block_of == 0;
+    if (!g->ready && type != H2_SETTINGS) return H2_PROTOCOL;
+    if (first ? type == H2_MORE : type != H2_MORE || id != g->block_of) return H2_PROTOCOL;
+    bool of_all = type == H2_SETTINGS || type == H2_PING || type == H2_GOAWAY;
+    if ((id == 0) != of_all && type < H2_MORE && type != H2_WINDOW) return H2_PROTOCOL;
+    if ((type == H2_RST || type == H2_WINDOW) && s.len != 4) return H2_SIZE;
+    switch (type) {
+    case H2_DATA:
+        g->owed += (uint32_t)s.len;
+        if (g->owed >= H2_FRAME_MAX) h2_number(c, H2_WINDOW, 0, g->owed), g->owed = 0;
+        if (!h2_strip(flags & H2_PADDED, &s)) return H2_PROTOCOL;
+        if (p != NULL && p->reply.len + s.len <= REPLY_MAX) buf_add(&p->reply, s);
+        if (p != NULL && (flags & H2_END) != 0) h2_answer(c, p);
+        return 0;
+    case H2_HEADERS:
+    case H2_MORE:
+        if (first && !h2_strip(flags, &s)) return H2_PROTOCOL;
+        if (first) g->block_of = id, g->block_ends = (flags & H2_END) != 0;
+        if (g->block.len + s.len > BLOCK_MAX) return H2_PROTOCOL;
+        buf_add(&g->block, s);
+        return (flags & H2_BLOCK_END) != 0 ? h2_headers(c, p) : 0;
+    case H2_RST:
+        if (p == NULL) return 0;
+        if (p->status != 0) return h2_answer(c, p), 0;   /* the rest of the answer would not matter */
+        list_remove(&g->sent, p);
+        if (be32(s.p) == H2_REFUSED) push_rewind(&(struct list){p, p, 1});
+        else push_retry(p);
+        return 0;
+    case H2_SETTINGS: return (flags & H2_ACK) != 0 ? 0 : h2_settings(c, s);
+    case H2_PROMISE: return H2_PROTOCOL;
+    case H2_PING:
+        if (s.len != 8) return H2_SIZE;
+        if ((flags & H2_ACK) == 0) h2_frame(&c->out, H2_PING, H2_ACK, 0, s), conn_touch(c);
+        return 0;
+    case H2_GOAWAY: return h2_goaway(c, s);
+    case H2_WINDOW: return h2_window(c, p, id, be32(s.p));
+    default: return 0;
+    }
+}
+
+static ssize_t h2_feed(struct conn *c, char *p, size_t n) {
+    struct gate *g = c->state;
+    if (n < 9) return 0;
+    size_t len = be32(p) >> 8;
+    int error = len > H2_FRAME_MAX ? H2_SIZE : 0;
+    if (error == 0 && n < 9 + len) return 0;
+    g->asked_ms = 0;
+    if (error == 0) error = h2_handle(c, (uint8_t)p[3], (uint8_t)p[4], be32(p + 5) & INT32_MAX, (slice){p + 9, len});
+    if (error != 0) {
+        g->error = error;
+        conn_close(c, g->ready ? "it broke the rules of HTTP/2" : "it does not speak HTTP/2");
+        return -1;
+    }
+    return (ssize_t)(9 + len);
+}
+
+/* Who does not answer: a push, or nothing at all. */
+static void h2_tick(struct conn *c) {
+    struct gate *g = c->state;
+    int64_t quiet = now.ms - c->heard_ms;
+    for (struct push *p = g->sent.first, *next; p != NULL; p = next) {
+        next = p->next;
+        if (now.ms - p->sent_ms < PUSH_SECONDS(30)) continue;
+        h2_number(c, H2_RST, p->id, H2_CANCEL);
+        list_remove(&g->sent, p);
+        push_retry(p);
+        g->timeouts++;
+    }
+    if (!g->ready && now.ms - g->born_ms >= PUSH_SECONDS(10)) conn_lost(c, "no SETTINGS in time");
+    else if (g->timeouts >= 3) conn_lost(c, "it answers no more");
+    else if (g->asked_ms != 0 && now.ms - g->asked_ms >= PUSH_SECONDS(15)) conn_lost(c, "no answer to a PING");
+    else if (g->drain_ms != 0 && (g->sent.n == 0 || now.ms >= g->drain_ms)) conn_close(c, "all is answered");
+    else if (g->ready && g->asked_ms == 0 && quiet >= (g->sent.n > 0 ? PUSH_SECONDS(15) : PUSH_SECONDS(3600))) {
+        g->asked_ms = now.ms;
+        h2_frame(&c->out, H2_PING, 0, 0, S("areyouok"));
+        conn_touch(c);
+    }
+}
+
+/* ---- Gateways. ---- */
+
+/* May this gateway be sent one more? */
+static bool gate_takes(const struct conn *c, const struct push *p) {
+    const struct gate *g = c->state;
+    bool room = !c->closing && g->ready && c->out.len < PUSH_OUT;
+    return room && (push.binary || (g->sent.n < g->limit && g->window >= p->payload.len));
+}
+
+/* Sends what is ready, as far as there is somebody who takes it. */
+static void push_pump(void) {
+    while (push.ready.n > 0 && now.ms >= push.pause_ms && !loop_stopping()) {
+        struct push *p = push.ready.first;
+        if (p->payload.len == 0 || p->expires <= now.wall) {
+            bool expired = list_take(&push.ready)->payload.len > 0;
+            if (expired) push_drop(p, EXPIRED);
+            else push_free(p);
+        } else if (push.binary && p->token_len != 64) {
+            log_info("apns: %.8s...: its token has not 32 bytes, and cannot be sent there", p->token);
+            push_drop(list_take(&push.ready), REFUSED);
+        } else if (push.gate == NULL) {
+            if (push.dial.busy || now.ms < push.redial_ms) return;
+            push.redial_ms = now.ms + 100;
+            dial(&push.dial);
+            return;
+        } else if (gate_takes(push.gate, p)) {
+            struct gate *g = push.gate->state;
+            if (p->owner != NULL) p->owner->waiting = NULL, p->owner = NULL;
+            p->sent_ms = now.ms;
+            push.count[SENT]++;
+            list_add(&g->sent, list_take(&push.ready));
+            if (push.binary) p->id = ++push.next_id != 0 ? push.next_id : ++push.next_id;
+            if (push.binary) binary_packet(&push.gate->out, p);
+            else h2_request(push.gate, p);
+            conn_touch(push.gate);
+            if (g->next_id >= INT32_MAX - 1) h2_drain(push.gate);   /* no more numbers for streams */
+        } else {
+            return;
+        }
+    }
+}
+
+/* No connection could be made, or one has broken: says so, and waits. */
+static void gate_failed(const char *why, bool early) {
+    int wait_s = push.fails < 6 ? 1 << push.fails : 60;
+    if (early && wait_s < 10) wait_s = 10;   /* it seems not to like us */
+    push.fails++;
+    push.redial_ms = push_jitter(PUSH_SECONDS(wait_s));
+    if (opt.push_test != NULL) printf("not sent: %s\n", why);
+    else log_warn("--apns %s: %s; trying again in %d s", opt.apns, why, wait_s);
+}
+
+/* `closed` of both protocols. */
+static void gate_closed(struct conn *c) {
+    struct gate *g = c->state;
+    bool begun = SSL_is_init_finished(c->ssl) != 0;
+    if (push.gate == c) push.gate = NULL;
+    char last[8] = {[7] = (char)g->error};
+    if (!push.binary && !c->lost && !c->eof) h2_frame(&c->out, H2_GOAWAY, 0, 0, (slice){last, sizeof last});
+    /* When we cannot write any more, the reason may have come already. */
+    if (push.binary && c->lost && begun && conn_recv(c, last, sizeof last) == 6) binary_feed(c, last, 6);
+    bool failed = !g->orderly && !loop_stopping() && push.test_status != 0;
+    if (failed && !begun && ++push.dial.attempt % push.dial.addresses != 0) push.redial_ms = now.ms;
+    else if (failed) gate_failed(c->why, begun && !g->ready);
+    if (!begun) push_rewind(&g->sent);
+    for (struct push *p; (p = list_take(&g->sent)) != NULL;) {
+        if (push.binary && now.ms - p->sent_ms > FRESH_MS) push_done(p);
+        else push_retry(p);
+    }
+    c->eof = true;
+    c->state = NULL;
+    buf_free(&g->block);
+    free(g);
+    push_pump();
+}
+
+static ssize_t gate_feed(struct conn *c, char *p, size_t n) {
+    ssize_t done = push.binary ? binary_feed(c, p, n) : h2_feed(c, p, n);
+    if (done > 0) push_pump();
+    return done;
+}
+
+static void gate_tick(struct conn *c) {
+    struct gate *g = c->state;
+    if (!SSL_is_init_finished(c->ssl) && now.ms - g->born_ms >= PUSH_SECONDS(10)) conn_lost(c, "no connection in time");
+    else if (push.binary) binary_tick(c);
+    else h2_tick(c);
+}
+
+static const struct proto gate_proto = {.name = "apns", .feed = gate_feed, .tick = gate_tick, .closed = gate_closed};
+
+/* `done` of the dial. */
+static void gate_opened(struct conn *c, const char *why) {
+    if (c == NULL) gate_failed(why, false);
+    if (c == NULL) return;
+    struct gate *g = c->state = xcalloc(sizeof *g);
+    *g = (struct gate){.window = 65535, .initial = 65535, .limit = STREAMS_MAX, .next_id = 1, .born_ms = now.ms};
+    g->ready = push.binary;
+    push.gate = c;
+    if (!push.binary) {   /* no table of header fields, no pushes of the server's own */
+        buf_add(&c->out, S("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"));
+        h2_frame(&c->out, H2_SETTINGS, 0, 0, S("\0\1\0\0\0\0\0\2\0\0\0\0"));
+    }
+    push_pump();
+}
+
+/* ---- In all. ---- */
+
+/* `tick` of the loop. */
+static void push_tick(void) {
+    struct list wait = {0};
+    for (struct push *p; (p = list_take(&push.later)) != NULL;)
+        list_add(now.ms >= p->due_ms || p->payload.len == 0 ? &push.ready : &wait, p);
+    push.later = wait;
+    if (push.file_lines / 4 > push.devices.n + 1000) devices_compact(false);
+    devices_store();
+    if (push.binary && push.devices.n > 0 && now.ms >= push.feedback_ms && !push.feedback.busy) {
+        push.feedback_ms = now.ms + (int64_t)86400 * 1000;
+        dial(&push.feedback);
+    }
+    push_pump();
+}
+
+/* Appends the figures, as Prometheus reads them. */
+static void push_metrics(struct buf *b) {
+    static const char *const names[COUNTS] = {
+        "sent_total", "ok_total", "retried_total", "unknown_total", "dropped_total{why=\"expired\"}",
+        "dropped_total{why=\"overflow\"}", "dropped_total{why=\"refused\"}", "tokens_removed_total{status=\"410\"}",
+        "tokens_removed_total{status=\"400\"}",
+    };
+    const struct gate *g = push.gate != NULL ? push.gate->state : NULL;
+    int64_t jwt_s = push.jwt.len > 0 ? (now.ms - push.jwt_ms) / 1000 : -1;
+    buf_printf(b, "xchat_push_queued %u\nxchat_push_in_flight %u\nxchat_push_devices %zu\nxchat_push_connected %d\n"
+               "xchat_push_streams_max %u\nxchat_push_jwt_age_seconds %lld\nxchat_push_certificate_days %d\n"
+               "xchat_push_answer_seconds_sum %.3f\n", push.later.n + push.ready.n, g != NULL ? g->sent.n : 0,
+               push.devices.n, g != NULL && g->ready, g != NULL ? g->limit : 0, (long long)jwt_s, push.cert_days,
+               (double)push.latency_ms / 1000);
+    for (int i = 0; i < COUNTS; i++) buf_printf(b, "xchat_push_%s %llu\n", names[i], (unsigned long long)push.count[i]);
+    for (int i = 0; i < 600; i++)
+        if (push.responses[i] > 0) buf_printf(b, "xchat_push_responses_total{status=\"%d\"} %llu\n", i,
+                                              (unsigned long long)push.responses[i]);
+}
+
+/* The passphrase of --apns-key, from a file or the environment: its first line, and its length. */
+static size_t push_passphrase(char *phrase, size_t size) {
+    const char *given = getenv("XCHAT_APNS_PASSPHRASE");
+    FILE *f = opt.apns_passphrase_file != NULL ? fopen(opt.apns_passphrase_file, "r") : NULL;
+    if (opt.apns_passphrase_file != NULL && (f == NULL || fgets(phrase, (int)size, f) == NULL))
+        log_warn("--apns-passphrase-file %s: %s", opt.apns_passphrase_file, strerror(errno));
+    if (f != NULL) fclose(f);
+    else if (given != NULL) snprintf(phrase, size, "%s", given);
+    return phrase[strcspn(phrase, "\r\n")] = '\0', strlen(phrase);
+}
+
+/* Reads the key of --apns-key. NULL, or what is wrong with it. */
+static const char *push_load_key(char *phrase) {
+    FILE *f = fopen(opt.apns_key, "r");
+    if (f == NULL) return strerror(errno);
+    ERR_clear_error();
+    EVP_PKEY *key = PEM_read_PrivateKey(f, NULL, tls_passphrase, phrase);
+    bool ok = key != NULL && EVP_PKEY_base_id(key) == EVP_PKEY_EC && EVP_PKEY_bits(key) == 256;
+    const char *why = ok ? NULL : key != NULL ? "not a P-256 key, as Apple's .p8 files have it" : tls_why(NULL);
+    fclose(f);
+    EVP_PKEY_free(ok ? push.key : key);
+    if (ok) push.key = key;
+    return why;
+}
+
+/* Reads certificates and keys. False, after a line in the log: something is wrong, and all stays as it was. */
+static bool push_load(void) {
+    char phrase[256] = "";
+    char *secret = push_passphrase(phrase, sizeof phrase) > 0 ? phrase : NULL;
+    SSL_CTX *tls = tls_new(TLS_client_method(), secret);
+    const char *why = NULL, *key = opt.apns_key != NULL && opt.apns_key_id == NULL ? opt.apns_key : opt.apns_cert;
+    ERR_clear_error();
+    SSL_CTX_set_verify(tls, SSL_VERIFY_PEER, NULL);
+    bool trust = opt.apns_ca != NULL ? SSL_CTX_load_verify_locations(tls, opt.apns_ca, NULL) == 1
+                                     : SSL_CTX_set_default_verify_paths(tls) == 1;
+    if (!trust) log_warn("--apns-ca %s: %s", opt.apns_ca != NULL ? opt.apns_ca : "", why = tls_why(NULL));
+    else if (opt.apns_cert != NULL && (why = tls_identify(tls, opt.apns_cert, key)) != NULL)
+        log_warn("--apns-cert %s, --apns-key %s: %s", opt.apns_cert, key, why);
+    else if (opt.apns_key_id != NULL && (why = push_load_key(secret)) != NULL)
+        log_warn("--apns-key %s: %s", opt.apns_key, why);
+    OPENSSL_cleanse(phrase, sizeof phrase);
+    SSL_CTX_set_default_passwd_cb_userdata(tls, NULL);
+    SSL_CTX_free(why != NULL ? tls : push.dial.tls);
+    if (why != NULL) return false;
+    push.dial.tls = push.feedback.tls = tls;
+    X509 *cert = SSL_CTX_get0_certificate(tls);
+    int seconds;
+    push.cert_days = -1;
+    if (cert == NULL || ASN1_TIME_diff(&push.cert_days, &seconds, NULL, X509_get0_notAfter(cert)) != 1) return true;
+    if (push.cert_days < 30) log_warn("--apns-cert: it expires in %d days", push.cert_days);
+    return true;
+}
+
+/* Reads the keys again; what is connected with the old ones is replaced. */
+static bool push_reload(void) {
+    if (opt.apns == NULL || !push_load()) return opt.apns == NULL;
+    struct conn *c = push.gate;
+    if (c != NULL) h2_drain(c);
+    if (c != NULL && push.binary) conn_close(c, "new keys");
+    return true;
+}
+
+/* Understands --apns, and checks what goes with it. */
+static void push_target(void) {
+    slice rest = slice_of(opt.apns), host = S("");
+    push.binary = slice_starts(rest, S("binary://"));
+    if (!push.binary && !slice_starts(rest, S("https://")))
+        usage("--apns: '%s' is not https://HOST or binary://HOST", opt.apns);
+    rest = slice_cut(rest, push.binary ? 9 : 8);
+    if (rest.len > 0 && rest.p[rest.len - 1] == '/') rest.len--;
+    host = slice_split(&rest, ':');
+    int64_t port = rest.len > 0 ? slice_number(rest, 10) : push.binary ? 2195 : 443;
+    if (host.len == 0 || host.len >= sizeof push.host || port < 1 || port > 65534)
+        usage("--apns: '%s' has no host, or a wrong port", opt.apns);
+    memcpy(push.host, host.p, host.len);
+    snprintf(push.port, sizeof push.port, "%d", (int)port);
+    snprintf(push.next_port, sizeof push.next_port, "%d", (int)port + 1);
+    if (!push.binary && opt.apns_topic == NULL) usage("--apns-topic is needed: the app's bundle id");
+    if (!push.binary && strlen(opt.apns_topic) > 255) usage("--apns-topic is longer than 255 bytes");
+    if (opt.apns_key_id != NULL && (opt.apns_key == NULL || opt.apns_team_id == NULL))
+        usage("--apns-key-id needs --apns-key and --apns-team-id");
+    if (opt.apns_key_id != NULL && (strlen(opt.apns_key_id) > 32 || strlen(opt.apns_team_id) > 32))
+        usage("--apns-key-id, --apns-team-id: longer than 32 bytes");
+    if (opt.apns_key_id == NULL && opt.apns_cert == NULL)
+        usage("--apns needs --apns-cert, or --apns-key with --apns-key-id and --apns-team-id");
+    if (opt.apns_format == 1) usage("--apns-format: 0 or 2");
+    push.dial = (struct dial){push.host, push.port, .proto = &gate_proto, .done = gate_opened};
+    push.dial.alpn = push.binary ? NULL : "\x02h2";
+    push.feedback = (struct dial){push.host, push.next_port, .proto = &feedback_proto, .done = feedback_opened};
+}
+
+/* Gets ready, if --apns is given. False, after a line in the log: that is not possible. */
+static bool push_init(void) {
+    push.devices.key = device_key;
+    push.audiences.key = audience_key;
+    push.file = -1;
+    push.test_status = 1;
+    push.full = strcmp(opt.push_content, "full") == 0;
+    push.named = push.full || strcmp(opt.push_content, "name") == 0;
+    if (!push.named && strcmp(opt.push_content, "none") != 0) usage("--push-content: full, name or none");
+    if (opt.push_test != NULL && opt.apns == NULL) usage("--push-test needs --apns");
+    if (opt.apns == NULL) return true;
+    push_target();
+    if (!push_load()) return false;
+    if (opt.data != NULL && push.key != NULL) data_lines("apns-jwt", jwt_read, (struct json_field[]){
+        {.name = "key_id"}, {.name = "team_id"}, {.name = "iat"}, {.name = "jwt"}}, 4);
+    if (opt.data == NULL || opt.push_test != NULL) return true;
+    data_lines("devices", device_read, (struct json_field[]){
+        {.name = "token"}, {.name = "at"}, {.name = "unread"}, {.name = "uid"}, {.name = "room"}, {.name = "payload"},
+        {.name = "id"}, {.name = "uuid"}, {.name = "expires"}}, 9);
+    devices_compact(false);
+    return true;
+}
+
+/* Queues the push of --push-test. */
+static int push_status(void) { return push.test_status; }
+
+static void push_try(void) {
+    if (!token_parse(slice_of(opt.push_test), &push.title))
+        usage("--push-test: '%s' is no device token", opt.push_test);
+    struct push *p = push_new(buf_slice(&push.title));
+    buf_add(&p->payload, S("{\"aps\":{"));
+    json_add(&p->payload, "alert", slice_of(opt.push_text != NULL ? opt.push_text : "Hello from xchat"));
+    json_add(&p->payload, "sound", S("default"));
+    buf_add(&p->payload, S("}}"));
+    list_add(&push.ready, p);
+    push_pump();
 }
 
 /* ==========================================================================
@@ -2686,6 +4302,7 @@ struct client {
     struct conn *c;
     struct member *seat;    /* in the room it speaks in; NULL before login */
     struct member *inbox;   /* its place in its user's inbox, or NULL */
+    struct device *phone;   /* if it has told its device token, and there is --apns; or NULL */
     char *uid;              /* the user it has proved to be, owned, or NULL; set before login */
     char *name;             /* HTML, owned; NULL before login */
     int64_t filled_ms;      /* when tokens were last added */
@@ -2697,7 +4314,7 @@ struct client {
 /* The fields we look at; chat_message() has their names in the same order. */
 enum field {
     TYPE, REF, CLIENT_NAME, ROOM_ID, TO_CLIENT_ID, TO_UID, TO_CLIENT_NAME, CONTENT,
-    SINCE, INBOX_SINCE, HISTORY, BEFORE, COUNT, FIELDS
+    SINCE, INBOX_SINCE, HISTORY, BEFORE, COUNT, DEVICE_TOKEN, FORGET_DEVICE, FIELDS
 };
 
 static struct {
@@ -2707,6 +4324,7 @@ static struct {
     struct json_field f[FIELDS];   /* of the message at hand */
     slice ref;                     /* its ref, raw JSON, or empty */
     struct buf text, html, name;   /* decoded fields */
+    struct buf token;              /* a device token */
     struct buf json;               /* the answer being written */
 } chat;
 
@@ -2955,9 +4573,31 @@ static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
     chat_send_last(cl, r->past->end, newest, false);
 }
 
+/* Reads the device token of a login into chat.token. False after an error. */
+static bool chat_phone(struct client *cl) {
+    buf_clear(&chat.token);
+    if (chat.f[DEVICE_TOKEN].raw.p == NULL) return true;
+    if (!chat_field(cl, DEVICE_TOKEN, &chat.text, 0)) return false;
+    if (token_parse(buf_slice(&chat.text), &chat.token)) return true;
+    return chat_error(cl, "bad_field", "device_token must be %d to %d hex digits, two a byte", TOKEN_MIN, TOKEN_MAX);
+}
+
+/* The phone of this client is in its room from now on, and in its user's inbox, whether
+ * it is connected or not. */
+static void chat_subscribe(struct client *cl) {
+    struct device *old = cl->phone;
+    cl->phone = NULL;
+    for (struct member *m = cl->c->joined; m != NULL; m = m->also) {
+        struct device *d = push_online(buf_slice(&chat.token), cl->uid, room_key(m->room));
+        if (cl->phone != NULL && d != NULL) push_offline(d);   /* counted once */
+        if (d != NULL) cl->phone = d;
+    }
+    if (old != NULL) push_offline(old);
+}
+
 static bool chat_login(struct client *cl) {
     if (!chat_field(cl, CLIENT_NAME, &chat.name, NAME_MAX_BYTES)) return false;
-    if (!chat_field(cl, ROOM_ID, &chat.text, ROOM_MAX_BYTES)) return false;
+    if (!chat_phone(cl) || !chat_field(cl, ROOM_ID, &chat.text, ROOM_MAX_BYTES)) return false;
     int64_t newest;
     if (!chat_count(cl, HISTORY, 0, -1, &newest)) return false;
     slice room = buf_slice(&chat.text);
@@ -2973,11 +4613,14 @@ static bool chat_login(struct client *cl) {
     cl->name = xrealloc(cl->name, chat.html.len);
     memcpy(cl->name, buf_slice(&chat.html).p, chat.html.len);
     chat_enter(cl, r, newest);
+    if (chat.token.len > 0) chat_subscribe(cl);
     return true;
 }
 
 static bool chat_logout(struct client *cl) {
+    slice forget = chat.f[FORGET_DEVICE].raw;
     if (cl->seat == NULL) return chat_error(cl, "not_logged_in", "logout needs a login first");
+    if (cl->phone != NULL && forget.p != NULL && *forget.p == 't') push_forget(cl->phone), devices_store();
     chat_leave(cl);
     chat.json.len--;   /* what the others got, with the ref, is the answer */
     ws_text(cl->c, chat_end_ref());
@@ -3085,7 +4728,7 @@ static bool chat_allow(struct client *cl) {
 static void chat_message(struct conn *c, slice text) {
     static const char *const names[FIELDS] = {
         "type", "ref", "client_name", "room_id", "to_client_id", "to_uid", "to_client_name", "content",
-        "since", "inbox_since", "history", "before", "count",
+        "since", "inbox_since", "history", "before", "count", "device_token", "forget_device",
     };
     struct client *cl = c->state;
     size_t at;
@@ -3126,8 +4769,28 @@ static void chat_tick(struct conn *c) {
     }
 }
 
+/* `feed` of the chat. Whatever comes is a sign of life. */
+static ssize_t chat_feed(struct conn *c, char *p, size_t n) {
+    for (struct member *m = c->joined; m != NULL; m = m->also) m->heard = m->room->past->end;
+    return ws_feed(c, p, n);
+}
+
+/* The phone of a client is gone: what it was not sent is pushed, and if it went without a
+ * word, also all since it was last heard. */
+static void chat_absent(struct client *cl) {
+    bool silent = cl->c->lost || cl->ws.close_code == WS_SILENT;
+    for (struct member *m = cl->c->joined; m != NULL; m = m->also) {
+        struct history *past = m->room->past;
+        uint64_t since = silent ? m->heard : past->end;
+        room_commit(m->room);
+        push_missed(cl->phone, past, since, client_key(cl));
+    }
+    push_offline(cl->phone);
+}
+
 static void chat_closed(struct conn *c) {
     struct client *cl = c->state;
+    if (cl->phone != NULL) chat_absent(cl);
     if (cl->seat != NULL) chat_leave(cl);
     if (cl->inbox != NULL) room_leave(cl->inbox);
     table_remove(&chat.clients, client_key(cl));
@@ -3139,7 +4802,7 @@ static void chat_closed(struct conn *c) {
 }
 
 static const struct proto chat_proto = {
-    .name = "chat", .feed = ws_feed, .message = chat_message, .tick = chat_tick, .closed = chat_closed,
+    .name = "chat", .feed = chat_feed, .message = chat_message, .tick = chat_tick, .closed = chat_closed,
     .freed = http_freed, .refill = chat_refill, .peek = room_peek, .sent = room_sent,
 };
 
@@ -3175,7 +4838,7 @@ static void chat_init(uint16_t port) {
  * style, named by their SHA-256, so that a hole in the first rule is no way in.
  *
  * Owns:      the page
- * Calls:     1 Bytes, 5 HTTP and WebSocket, 9 Chat
+ * Calls:     1 Bytes, 4 The loop, 5 HTTP and WebSocket, 8 Push, 9 Chat
  * Called by: 13 Main
  * Promises:  no path ever reaches the file system
  */
@@ -3596,6 +5259,20 @@ static void page_request(struct conn *c, const struct request *q) {
 
 static const struct site page_site = {page_request, chat_upgraded};
 
+/* The same for the administrator, at --admin. */
+static void admin_request(struct conn *c, const struct request *q) {
+    struct buf figures = {0};
+    bool wanted = slice_eq(q->path, S("/metrics"));
+    if (wanted) push_metrics(&figures);
+    if (wanted) http_reply(c, q, "200 OK", S("Content-Type: text/plain; version=0.0.4\r\n"), buf_slice(&figures));
+    else page_request(c, q);
+    buf_free(&figures);
+}
+
+static void admin_upgraded(struct conn *c) { conn_close(c, "there is no WebSocket here"); }
+
+static const struct site admin_site = {admin_request, admin_upgraded};
+
 /* ==========================================================================
  * 13. Main
  * ==========================================================================
@@ -3654,6 +5331,18 @@ static struct option {
     {"fsync", NULL, 0, &opt.fsync, 0, 1, 0, NULL, NULL, "keep it through a loss of power too"},
     {"tls-cert", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.tls_cert, "speak TLS, with this certificate chain"},
     {"tls-key", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.tls_key, "its key (in the same file)"},
+    {"apns", "URL", 0, NULL, 0, 0, 0, NULL, &opt.apns, "push by https://api.push.apple.com or binary://HOST"},
+    {"apns-cert", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.apns_cert, "with this certificate, and its key"},
+    {"apns-key", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.apns_key, "key of that, or the .p8 file of..."},
+    {"apns-key-id", "ID", 0, NULL, 0, 0, 0, NULL, &opt.apns_key_id, "...this key, for HTTP/2"},
+    {"apns-team-id", "ID", 0, NULL, 0, 0, 0, NULL, &opt.apns_team_id, "of this team"},
+    {"apns-passphrase-file", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.apns_passphrase_file, "of the key"},
+    {"apns-topic", "TOPIC", 0, NULL, 0, 0, 0, NULL, &opt.apns_topic, "bundle id of the app"},
+    {"apns-ca", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.apns_ca, "trust these to vouch for the gateway (the system's)"},
+    {"apns-format", "N", 0, &opt.apns_format, 0, 2, 2, NULL, NULL, "binary packets: command 0 or 2"},
+    {"push-content", "WHAT", 0, NULL, 0, 0, 0, NULL, &opt.push_content, "shown: full, name or none (full)"},
+    {"push-test", "TOKEN", 0, NULL, 0, 0, 0, NULL, &opt.push_test, "push one TEXT there, say what came of it, and end"},
+    {"admin", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.admin, "ADDR:PORT of this machine, for /metrics"},
     {"trust-proxy", "CIDR", 0, NULL, 0, 0, 0, http_trust, NULL, "proxy whose X-Forwarded-For counts; repeatable"},
     {"ping", "SECONDS", 0, &opt.ping_s, 1, 86400, 25, NULL, NULL, "silence before a ping; three and it is gone"},
     {"timeout", "SECONDS", 0, &opt.timeout_s, 1, 3600, 10, NULL, NULL, "time for a whole HTTP request"},
@@ -3670,7 +5359,7 @@ static const char *take_help(const char *value) {
     for (const struct option *o = options; o < options + N_OPTIONS; o++) {
         const char dash[] = {o->letter != 0 ? '-' : ' ', o->letter != 0 ? o->letter : ' ', '\0'};
         int n = printf("  %s --%s %s", dash, o->name, o->arg != NULL ? o->arg : "");
-        printf("%*s%s", 27 - n, "", o->help);
+        printf("%*s%s", n < 30 ? 30 - n : 1, "", o->help);
         if (o->number != NULL && o->arg != NULL) printf(" (%u)", o->initial);
         putchar('\n');
     }
@@ -3704,12 +5393,15 @@ static int option_read(int argc, char **argv, int i) {
         option_set(o, o->arg == NULL ? NULL : joined ? value.p : argv[i + 1]);
         return o->arg == NULL || joined ? 1 : 2;
     }
-    usage("%s: no such option; --help lists them", argv[i]);
-    return 0;
+    if (opt.push_test == NULL || opt.push_text != NULL || *argv[i] == '-')
+        usage("%s: no such option; --help lists them", argv[i]);
+    opt.push_text = argv[i];
+    return 1;
 }
 
 /* The command line goes before the environment. */
 static void options_read(int argc, char **argv) {
+    opt.push_content = "full";
     for (struct option *o = options; o < options + N_OPTIONS; o++)
         if (o->number != NULL) *o->number = o->initial;
     for (int i = 1; i < argc;) i += option_read(argc, argv, i);
@@ -3740,7 +5432,7 @@ static void limit_clients(void) {
 
 /* One --bind: "unix:/path", "127.0.0.1", "127.0.0.1:80", "[::1]:80" or "::1", with
  * "tls:" or "plain:" in front; NULL is every address. */
-static void listen_on(const char *spec) {
+static void listen_on(const char *spec, const struct site *site) {
     slice host = slice_of(spec != NULL ? spec : ""), port = S("");
     bool plain = slice_starts(host, S("plain:")), tls = slice_starts(host, S("tls:"));
     if (plain || tls) slice_split(&host, ':');
@@ -3756,9 +5448,20 @@ static void listen_on(const char *spec) {
     bool bad = number < 0 || number > 65535 || host.len >= sizeof name || (bracket && strchr(host.p, ']') == NULL);
     if (bad || (spec != NULL && host.len == 0)) usage("--bind: '%s' is not ADDR, ADDR:PORT or unix:PATH", spec);
     memcpy(name, host.p, host.len);
-    if (local) why = listen_unix(name, &http_listener, &page_site);
-    else why = listen_tcp(name, (uint16_t)number, tls, &http_listener, &page_site);
+    if (local) why = listen_unix(name, &http_listener, site);
+    else why = listen_tcp(name, (uint16_t)number, tls, &http_listener, site);
     if (why != NULL) die("--bind %s, --port %u: %s", spec != NULL ? spec : "(all)", opt.port, why);
+}
+
+/* --admin: who reaches it needs no password, so it is for this machine alone. */
+static void listen_admin(void) {
+    listen_on(opt.admin, &admin_site);
+    const struct addr *a = &loop.conn[loop.n - 1]->peer;
+    struct addr v4 = {0}, v6 = {0};
+    addr_parse(S("127.0.0.1"), &v4);
+    addr_parse(S("::1"), &v6);
+    bool here = a->local || memcmp(a->ip, v6.ip, 16) == 0 || memcmp(a->ip, v4.ip, 13) == 0;
+    if (!here) die("--admin %s: only a loopback address, or unix:PATH", opt.admin);
 }
 
 /* Reads the certificate, when we start, and again at SIGHUP. False: it stays as it was. */
@@ -3771,7 +5474,7 @@ static bool load_files(void) {
 }
 
 static void reload_files(void) {
-    if (load_files()) log_info("SIGHUP: files read again");
+    if (load_files() && push_reload()) log_info("SIGHUP: files read again");
 }
 
 int main(int argc, char **argv) {
@@ -3791,17 +5494,27 @@ int main(int argc, char **argv) {
     rooms.unsaid = chat_unsaid;
     loop.flush = rooms_flush;
     loop.reload = reload_files;
-    if (!load_files()) return 1;
+    if (!load_files() || !push_init()) return 1;
+    rooms.said = opt.apns != NULL ? push_said : NULL;
+    loop.tick = opt.apns != NULL ? push_tick : NULL;
     page_init();
     sigaction(SIGTERM, &stop, NULL);
     sigaction(SIGINT, &stop, NULL);
     sigaction(SIGPIPE, &ignore, NULL);
     sigaction(SIGXFSZ, &ignore, NULL);   /* write() says it too */
     sigaction(SIGHUP, &hangup, NULL);
-    if (mains.n_binds == 0) listen_on(NULL);
-    for (uint32_t i = 0; i < mains.n_binds; i++) listen_on(mains.binds[i]);
+    sigaction(SIGCHLD, &ignore, NULL);   /* who looks up a name is not waited for */
+    if (opt.push_test != NULL) {
+        push_try();
+        loop_run();
+        return push_status();
+    }
+    if (mains.n_binds == 0) listen_on(NULL, &page_site);
+    for (uint32_t i = 0; i < mains.n_binds; i++) listen_on(mains.binds[i], &page_site);
+    if (opt.admin != NULL) listen_admin();
     chat_init(loop.conn[0]->peer.port);
     loop_run();
+    if (opt.apns != NULL) devices_compact(true);
     log_info("stopped");
     return 0;
 }

@@ -237,7 +237,7 @@ static void test_numbers(void) {
         int64_t want;
     } cases[] = {
         {"0", 10, 0}, {"7", 10, 7}, {"007", 10, 7}, {"4294967296", 10, 4294967296},
-        {"9999999999", 10, 9999999999}, {"10000000000", 10, -1}, {"00000000001", 10, -1},
+        {"999999999999999", 10, 999999999999999}, {"1000000000000000", 10, -1}, {"0000000000000001", 10, -1},
         {"", 10, -1}, {"-1", 10, -1}, {"+1", 10, -1}, {" 1", 10, -1}, {"1 ", 10, -1},
         {"1.0", 10, -1}, {"0x10", 10, -1}, {"1a", 10, -1}, {"/", 10, -1}, {":", 10, -1},
         {"ff", 16, 255}, {"FF", 16, 255}, {"0G", 16, -1}, {"g", 16, -1}, {"@", 16, -1},
@@ -1507,6 +1507,185 @@ static void test_option_forms(void) {
 
 #define TEST(name) {#name, test_##name}
 
+/* ---- Push. ---- */
+
+#define GOLDEN_TOKEN "ed8c1c155a6daf448f610ae749eec794be551f8d1b145448711eea973583f820"
+#define GOLDEN_PAYLOAD "{\"aps\":{\"alert\":\"My first push test!\",\"sound\":\"default\"}}"
+
+/* "0aff" as bytes, in a block of just that size, so that a read past its end is noticed. */
+static slice unhex(const char *hex, struct buf *b) {
+    buf_free(b);
+    for (; *hex != '\0'; hex += 2) {
+        while (*hex == ' ') hex++;
+        buf_addc(b, (char)slice_number((slice){hex, 2}, 16));
+    }
+    return buf_slice(b);
+}
+
+static bool is_hex(const struct buf *b, const char *hex) {
+    struct buf want = {0};
+    bool same = slice_eq(buf_slice(b), unhex(hex, &want));
+    buf_free(&want);
+    return same;
+}
+
+static struct push *golden_push(void) {
+    struct push *p = push_new(S(GOLDEN_TOKEN));
+    buf_add(&p->payload, S(GOLDEN_PAYLOAD));
+    p->id = 42;
+    p->expires = 1700003600;
+    return p;
+}
+
+static void test_token(void) {
+    static const struct {
+        const char *text, *want;
+    } cases[] = {
+        {"0123abCD", "0123abcd"}, {"<0123 ABCD>", "0123abcd"}, {"0123abc", NULL}, {"0123abcde", NULL}, {"", NULL},
+        {"012345", NULL}, {"0123/bcd", NULL}, {"0123abcd\n", NULL}, {"0123abcg", NULL}, {"0x12abcd", NULL},
+    };
+    struct buf b = {0};
+    char longest[TOKEN_MAX + 3];
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        bool ok = token_parse(slice_of(cases[i].text), &b);
+        CHECK(ok == (cases[i].want != NULL), "\"%s\" is %d", cases[i].text, ok);
+        if (ok) CHECK(slice_eq(buf_slice(&b), slice_of(cases[i].want)), "\"%s\"", cases[i].text);
+    }
+    memset(longest, 'a', sizeof longest);
+    CHECK(token_parse((slice){longest, TOKEN_MAX}, &b), "the longest");
+    CHECK(!token_parse((slice){longest, TOKEN_MAX + 2}, &b), "longer");
+    buf_free(&b);
+}
+
+static void test_html_text(void) {
+    static const char *const cases[] = {
+        "", "plain", "<b>&amp;\"quoted\"'s</b>", "&", "&amp", "a<b>c", "line\nline", "&lt;b&gt;", "\xe4\xbd\xa0&\xf0\x9f\x98\x80",
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct buf html = {0}, text = {0};
+        html_escape(&html, slice_of(cases[i]), true);
+        html_text(&text, buf_slice(&html));
+        CHECK(slice_eq(buf_slice(&text), slice_of(cases[i])), "\"%s\" came back as \"%.*s\"", cases[i], F(buf_slice(&text)));
+        for (size_t n = 0; n <= html.len; n++) {   /* cut anywhere, it is only not read past its end */
+            buf_clear(&text);
+            html_text(&text, slice_take(buf_slice(&html), n));
+        }
+        buf_free(&html);
+        buf_free(&text);
+    }
+}
+
+static void test_binary(void) {
+    struct push *p = golden_push();
+    struct buf b = {0};
+    opt.apns_format = 0;
+    binary_packet(&b, p);
+    CHECK(is_hex(&b, "000020" GOLDEN_TOKEN "00397b22617073223a7b22616c657274223a224d7920666972737420707573682074657374"
+                     "21222c22736f756e64223a2264656661756c74227d7d"), "command 0");
+    buf_clear(&b);
+    opt.apns_format = 2;
+    binary_packet(&b, p);
+    CHECK(is_hex(&b, "0200000071010020" GOLDEN_TOKEN "0200397b22617073223a7b22616c657274223a224d79206669727374207075736820"
+                     "7465737421222c22736f756e64223a2264656661756c74227d7d0300040000002a0400046553ff100500010a"), "command 2");
+    buf_free(&b);
+    push_free(p);
+}
+
+static void test_jwt(void) {
+    static const struct {
+        const char *der, *bare;
+    } cases[] = {
+        {"304502200ed1215379636c483c2f7f155807d402a3b228033af97c7e17819ac3169ea665022100c50a07d38c3c70e5d8f12daf084a5480a66590c5f293509a8f3f7f8a83a354d5",
+         "0ed1215379636c483c2f7f155807d402a3b228033af97c7e17819ac3169ea665c50a07d38c3c70e5d8f12daf084a5480a66590c5f293509a8f3f7f8a83a354d5"},
+        {"3046022100bcbc4751c4a8db3461867b83b7e1b46ef7e304ec1fa896aca6ae7c037fb2b638022100a0a6249899467a17f45b9c356bb9e21bf2158a661c057c87f2350cddd103042d",
+         "bcbc4751c4a8db3461867b83b7e1b46ef7e304ec1fa896aca6ae7c037fb2b638a0a6249899467a17f45b9c356bb9e21bf2158a661c057c87f2350cddd103042d"},
+        {"3043021f5be6e90b8ee49099cbd59277ececbf20bb0755c77343dec6c9a06f6507253c02201b6c510201896bda8acd8824b3dce3df7c671846d7c7f200daa81a3143c1306a",
+         "005be6e90b8ee49099cbd59277ececbf20bb0755c77343dec6c9a06f6507253c1b6c510201896bda8acd8824b3dce3df7c671846d7c7f200daa81a3143c1306a"},
+        {"3044022100be56be811ba6d123205522bcdb4bcc442693176a2f7f18f01da503ce0236c217021f653f1aa8abfe8207c17d189b278c7ab5e3eed1cf7df0616455f8057bf952cf",
+         "be56be811ba6d123205522bcdb4bcc442693176a2f7f18f01da503ce0236c21700653f1aa8abfe8207c17d189b278c7ab5e3eed1cf7df0616455f8057bf952cf"},
+    };
+    struct buf b = {0}, jwt = {0};
+    unsigned char bare[64];
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        slice der = unhex(cases[i].der, &b);
+        CHECK(jwt_bare((const unsigned char *)der.p, der.len, bare), "case %zu", i);
+        CHECK(memcmp(unhex(cases[i].bare, &b).p, bare, 64) == 0, "case %zu", i);
+    }
+    CHECK(!jwt_bare((const unsigned char *)"\x30\x01", 2, bare), "no signature");
+    push.key = EVP_EC_gen("P-256");
+    opt.apns_key_id = "ABC123DEFG", opt.apns_team_id = "DEF123GHIJ";
+    jwt_make(&jwt, 1437179036);
+    CHECK(jwt.len == 184 && slice_starts(buf_slice(&jwt), S("eyJhbGciOiJFUzI1NiIsImtpZCI6IkFCQzEyM0RFRkcifQ."
+          "eyJpc3MiOiJERUYxMjNHSElKIiwiaWF0IjoxNDM3MTc5MDM2fQ.")), "%.*s", F(buf_slice(&jwt)));
+
+    /* One token for 50 minutes, whatever the clock on the wall does. */
+    buf_free(&push.jwt);
+    jwt_get();
+    buf_clear(&b);
+    buf_add(&b, buf_slice(&push.jwt));
+    now.ms += JWT_MS - 1, now.wall += 86400;
+    CHECK(slice_eq(jwt_get(), buf_slice(&b)), "made anew too soon");
+    now.ms += 1;
+    CHECK(!slice_eq(jwt_get(), buf_slice(&b)), "not made anew");
+    clock_read();
+    buf_free(&b), buf_free(&jwt), buf_free(&push.jwt);
+    EVP_PKEY_free(push.key);
+    push.key = NULL;
+}
+
+static void test_hpack(void) {
+    static const struct {
+        const char *hex;
+        int status;
+        size_t least;   /* as many bytes are needed to know */
+    } cases[] = {
+        {"88", 200, 1}, {"2088", 200, 2}, {"3fe11f88", 200, 4}, {"8c", 400, 1}, {"8d", 404, 1}, {"8e", 500, 1},
+        {"4803343130", 410, 5}, {"0803343130", 410, 5}, {"08826820", 410, 4}, {"48826820", 410, 4},
+        {"1803343130", 410, 5}, {"4883680cff", 403, 5}, {"4883684fff", 429, 5}, {"48836c0cff", 503, 5},
+        {"4883682cff", 413, 5}, {"0c03343033", 403, 5}, {"00073a73746174757303323030", 200, 13},
+        {"0085b8848d36a383680cff", 403, 11}, {"be", 0, 1}, {"80", -1, 0}, {"", -1, 0}, {"48026820", 0, 4},
+        {"4882680d", 0, 4}, {"4883680cfe", 0, 5}, {"4883681fff", 0, 5}, {"0f0b01300803343130", 410, 9}, {"7fffffffffffff", -1, 0},
+        {"208840851d752163499cc10ddc10e06da582d42f2c10e06d6bae02eac171f770be26f05e76ef", 200, 2},
+        {"4882682040851d752163499cc10ddc10e06da582d42f2c10e06d6bae02eac171f770be26f05e76ef", 410, 4},
+    };
+    struct buf b = {0};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        slice block = unhex(cases[i].hex, &b);
+        CHECK(hpack_status(block) == cases[i].status, "%s is %d", cases[i].hex, hpack_status(block));
+        for (size_t n = 0; n < block.len; n++) {
+            char *cut = memcpy(xcalloc(n + 1), block.p, n);
+            int want = n >= cases[i].least ? cases[i].status : -1, got = hpack_status((slice){cut, n});
+            if (cases[i].least > 0) CHECK(got == want, "%s cut at %zu is %d", cases[i].hex, n, got);
+            free(cut);
+        }
+    }
+    buf_free(&b);
+    hpack_number(&b, 0, 31, 10), hpack_number(&b, 0, 31, 1337), hpack_number(&b, 0, 127, 126);
+    hpack_number(&b, 0, 127, 127), hpack_number(&b, 0, 127, 200);
+    CHECK(is_hex(&b, "0a1f9a0a7e7f007f49"), "numbers");
+    buf_free(&b);
+}
+
+/* The golden header block of a request. */
+static void test_h2_block(void) {
+    unsigned char hash[SHA256_DIGEST_LENGTH];
+    struct push *p = golden_push();
+    struct buf b = {0}, want = {0};
+    opt.apns_topic = "com.example.xchat";
+    snprintf(push.host, sizeof push.host, "api.push.apple.com");
+    push.dial.host = push.host;
+    snprintf(p->uuid, sizeof p->uuid, "eabeae54-14a8-11e5-b60b-1697f925ec7b");
+    snprintf(p->collapse, sizeof p->collapse, "room-1");
+    h2_block(&b, p, S("eyJhbGciOiJFUzI1NiIsImtpZCI6IkFCQzEyM0RFRkcifQ.eyJpc3MiOiJERUYxMjNHSElKIiwiaWF0IjoxNDM3MTc5MDM2fQ."
+                      "j--02ikJkIhutGPQCev8wkQ8mIakmJd1cVt9ZMX9ynICFWsp7zwNWS21XEjvajg-ZjynTdAXm-rM3KY60YShww"));
+    CHECK(b.len == 486, "%u bytes", b.len);
+    SHA256((const unsigned char *)buf_slice(&b).p, b.len, hash);
+    slice sum = unhex("d0aefff31b39d8c7235893c44afd957722833e5f464971a3917a69ffcaf2e9cd", &want);
+    CHECK(memcmp(hash, sum.p, sizeof hash) == 0, "the block is another");
+    buf_free(&b), buf_free(&want);
+    push_free(p);
+}
+
 static const struct {
     const char *name;
     void (*run)(void);
@@ -1516,7 +1695,8 @@ static const struct {
     TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(cidr), TEST(callers),
     TEST(http), TEST(forwarded), TEST(frames), TEST(frame_sizes),
     TEST(rooms_memory), TEST(rooms_stop), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
-    TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(replay), TEST(silence), TEST(option_ranges), TEST(option_forms),
+    TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(replay), TEST(silence),
+    TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(option_ranges), TEST(option_forms),
 };
 
 int main(int argc, char **argv) {
