@@ -716,7 +716,7 @@ static void html_text(struct buf *b, slice s) {
  * Called by: 5 HTTP and WebSocket, 6 History, 7 Rooms, 8 Push, 9 Chat.
  */
 
-enum { TABLE_KEY_MAX = 6 + ROOM_MAX_BYTES };   /* "rooms/" and a name */
+enum { TABLE_KEY_MAX = 400 };   /* a device token; "rooms/" and a name have less */
 
 static struct {
     unsigned char secret[16];
@@ -958,6 +958,9 @@ static bool park(struct conn *c) {
     return epoll_ctl(loop.epoll, c->parked ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, c->fd, &e) == 0;
 }
 
+/* Closing would do, but a child that looks up a name may have the descriptor too. */
+static void unpark(const struct conn *c) { epoll_ctl(loop.epoll, EPOLL_CTL_DEL, c->fd, &(struct epoll_event){0}); }
+
 static void park_ready(void (*ready)(struct conn *c, short events)) {
     struct epoll_event e[PARKED_READY];
     int n = epoll_wait(loop.epoll, e, PARKED_READY, 0);
@@ -965,6 +968,7 @@ static void park_ready(void (*ready)(struct conn *c, short events)) {
 }
 #else
 static bool park(struct conn *c) { return (void)c, false; }
+static void unpark(const struct conn *c) { (void)c; }
 static void park_ready(void (*ready)(struct conn *c, short events)) { (void)ready; }
 #endif
 
@@ -1394,11 +1398,12 @@ static void listener_closed(struct conn *l) {
 
 static void conn_free(struct conn *c) {
     SSL_free(c->ssl);
+    if (c->parked) unpark(c);
     close(c->fd);
     if (c->proto->freed != NULL) c->proto->freed(c);
     loop.conn[c->slot] = loop.conn[--loop.n];
     loop.conn[c->slot]->slot = c->slot;
-    if (!c->parked) {   /* closing has taken it out of the epoll set, but not out of this */
+    if (!c->parked) {
         loop.pfd[c->place] = loop.pfd[--loop.n_polled];
         loop.polled[c->place] = loop.polled[loop.n_polled];
         if (loop.polled[c->place] != NULL) loop.polled[c->place]->place = c->place;
@@ -2888,6 +2893,7 @@ enum {
     REPLY_MAX = 1024, BLOCK_MAX = 65536,
     SENT_MAX = 2048, SENT_MS = 5000,  /* binary: kept that long in case of an error */
     FRESH_MS = 2000,                  /* binary: younger ones are lost with the connection */
+    DRAIN_MS = 10000,                 /* for the last answers on a connection */
     JWT_MS = 50 * 60000,              /* then a new one is made... */
     JWT_AGAIN_MS = 20 * 60000,        /* ...but never sooner than this */
     VERDICTS = 20                     /* about so many tokens we remember if they were good */
@@ -3243,7 +3249,7 @@ static void device_read(struct json_field *f) {
     json_text(f[3].raw, &push.uid);
     buf_addc(&push.uid, '\0');
     if (at <= 0 && d != NULL) push_forget(d);
-    if (ok && at > 0 && room.len > 6 && room.len <= TABLE_KEY_MAX) {
+    if (ok && at > 0 && room.len > 6 && room.len <= 6 + ROOM_MAX_BYTES) {
         d = device_subscribe(buf_slice(&token), push.uid.len > 1 ? buf_slice(&push.uid).p : NULL, room, at);
         if (d != NULL) d->online--;
     }
@@ -3300,12 +3306,13 @@ static void push_fill(struct buf *b, const struct subscription *s) {
     size_t limit = !push.binary ? 4096 : opt.apns_format == 2 ? 2048 : 256;
     slice body = buf_slice(&push.body);
     if (body.len > limit) body.len = limit;   /* it does not fit anyway */
-    push_write(b, s, body, false);
-    if (b->len <= limit && body.len == push.body.len) return;
-    size_t over = (b->len > limit ? b->len - limit : 0) + 3;
-    body.len = over < body.len ? body.len - over : 0;
-    while (body.len > 0 && (body.p[body.len] & 0xc0) == 0x80) body.len--;   /* between two characters */
-    push_write(b, s, body, true);
+    push_write(b, s, body, body.len < push.body.len);
+    while (b->len > limit && body.len > 0) {
+        size_t less = (b->len - limit + 5) / 6;   /* no byte has become more than the six of \u0001 */
+        body.len -= less < body.len ? less : body.len;
+        while (body.len > 0 && (body.p[body.len] & 0xc0) == 0x80) body.len--;   /* between two characters */
+        push_write(b, s, body, true);
+    }
 }
 
 /* The phone of this subscription has missed the message at hand. */
@@ -3503,7 +3510,7 @@ static const struct answer {
     {"BadTopic", 0, 0, CONFIG, "--apns-topic is wrong: it is the app's bundle id"},
     {"MissingTopic", 0, 0, CONFIG, "--apns-topic is needed"},
     {"TopicDisallowed", 0, 0, CONFIG, "this key or certificate may not push to the app of --apns-topic"},
-    {"BadCertificate", 0, 0, CONFIG, "--apns-cert is not accepted: expired, revoked or of another kind"},
+    {"BadCertificate", 0, 0, CONFIG, "the certificate of --apns-cert is expired, revoked or of another kind"},
     {"BadCertificateEnvironment", 0, 0, CONFIG, "--apns-cert is for the other environment (sandbox or production)"},
     {"BadEnvironmentKeyIdInToken", 0, 0, CONFIG, "--apns-key is for the other environment (sandbox or production)"},
     {"BadEnvironmentKeyInToken", 0, 0, CONFIG, "--apns-key is for the other environment (sandbox or production)"},
@@ -3515,9 +3522,10 @@ static const struct answer {
     {"TooManyProviderTokenUpdates", 0, 0, RECONNECT, "new tokens came too often; do several servers use this key?"},
     {"UnrelatedKeyIdInToken", 0, 0, RECONNECT, "this key has nothing to do with the one used before"},
     {"IdleTimeout", 0, 0, RECONNECT, "the connection was idle for too long"},
-    {"Shutdown", 0, 0, RECONNECT, "the server is going down"},
-    {NULL, 429, 429, LATER, "too many pushes to this phone"},
-    {NULL, 500, 599, LATER, "there is trouble at the gateway"},
+    {"Shutdown", 0, 0, RECONNECT, "the server is going down: try again later"},
+    {"PayloadTooLarge", 0, 0, DROP, "the text is too long"},
+    {NULL, 429, 429, LATER, "too many pushes to this phone: try again later"},
+    {NULL, 500, 599, LATER, "there is trouble at the gateway: try again later"},
     {NULL, INT32_MIN, INT32_MAX, DROP, "not accepted"},
 };
 
@@ -3831,7 +3839,7 @@ static void h2_answer(struct conn *c, struct push *p) {
 /* No new streams: another connection takes over, and this one waits for its answers. */
 static void h2_drain(struct conn *c) {
     struct gate *g = c->state;
-    if (g->drain_ms == 0) g->drain_ms = now.ms + PUSH_SECONDS(10);
+    if (g->drain_ms == 0) g->drain_ms = now.ms + DRAIN_MS;
     g->orderly = true;
     if (push.gate == c) push.gate = NULL;
 }
@@ -3884,11 +3892,12 @@ static int h2_goaway(struct conn *c, slice s) {
 /* A header block is complete. */
 static int h2_headers(struct conn *c, struct push *p) {
     struct gate *g = c->state;
-    int status = hpack_status(buf_slice(&g->block));
+    bool trailers = p == NULL || p->status != 0;
+    int status = trailers ? 0 : hpack_status(buf_slice(&g->block));
     buf_free(&g->block);
     g->block_of = 0;
     if (status < 0) return H2_COMPRESSION;
-    if (p != NULL && p->status == 0 && (status >= 200 || status == 0)) p->status = status;   /* not 1xx, nor trailers */
+    if (!trailers && status >= 200) p->status = status;   /* 1xx are not the answer */
     if (p != NULL && g->block_ends) h2_answer(c, p);
     return 0;
 }
@@ -5448,20 +5457,12 @@ static void listen_on(const char *spec, const struct site *site) {
     bool bad = number < 0 || number > 65535 || host.len >= sizeof name || (bracket && strchr(host.p, ']') == NULL);
     if (bad || (spec != NULL && host.len == 0)) usage("--bind: '%s' is not ADDR, ADDR:PORT or unix:PATH", spec);
     memcpy(name, host.p, host.len);
+    /* Who reaches the figures needs no password, so they are for this machine alone. */
+    bool here = local || strncmp(name, "127.", 4) == 0 || strcmp(name, "::1") == 0 || strcmp(name, "localhost") == 0;
+    if (site == &admin_site && !here) usage("--admin: '%s' is not of 127.0.0.1, ::1, localhost or unix:", spec);
     if (local) why = listen_unix(name, &http_listener, site);
     else why = listen_tcp(name, (uint16_t)number, tls, &http_listener, site);
     if (why != NULL) die("--bind %s, --port %u: %s", spec != NULL ? spec : "(all)", opt.port, why);
-}
-
-/* --admin: who reaches it needs no password, so it is for this machine alone. */
-static void listen_admin(void) {
-    listen_on(opt.admin, &admin_site);
-    const struct addr *a = &loop.conn[loop.n - 1]->peer;
-    struct addr v4 = {0}, v6 = {0};
-    addr_parse(S("127.0.0.1"), &v4);
-    addr_parse(S("::1"), &v6);
-    bool here = a->local || memcmp(a->ip, v6.ip, 16) == 0 || memcmp(a->ip, v4.ip, 13) == 0;
-    if (!here) die("--admin %s: only a loopback address, or unix:PATH", opt.admin);
 }
 
 /* Reads the certificate, when we start, and again at SIGHUP. False: it stays as it was. */
@@ -5511,7 +5512,7 @@ int main(int argc, char **argv) {
     }
     if (mains.n_binds == 0) listen_on(NULL, &page_site);
     for (uint32_t i = 0; i < mains.n_binds; i++) listen_on(mains.binds[i], &page_site);
-    if (opt.admin != NULL) listen_admin();
+    if (opt.admin != NULL) listen_on(opt.admin, &admin_site);
     chat_init(loop.conn[0]->peer.port);
     loop_run();
     if (opt.apns != NULL) devices_compact(true);

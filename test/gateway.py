@@ -13,7 +13,7 @@ what breaks a rule of HTTP/2 (too many streams, a window overrun, a bad header b
                              forgotten; `close` when all below is answered
     {"do": "settings", "values": {"3": 1}}, {"do": "ping"}, {"do": "close"}, {"do": "reset"}, {"do": "raw", "hex": ...}
 
-Orders are for the newest connection. An answer is a dictionary:
+Orders are for the newest connection, or for that with the number `conn`. An answer is a dictionary:
 
     status, reason, timestamp, body   the body is JSON with reason and timestamp, unless `body` is given
     rst: [7, 5]      these RST_STREAMs instead
@@ -28,6 +28,7 @@ import asyncio
 import base64
 import collections
 import json
+import logging
 import os
 import socket
 import ssl
@@ -99,7 +100,7 @@ class Connection(asyncio.Protocol):
         self.bodies = collections.deque()   # (stream, octets) for which there was no window
         self.heard = b""          # raw octets of an unfinished frame
         self.blocks = {}          # stream -> header block as it came
-        report("accept", conn=self.number)
+        report("accept", conn=self.number, at=time.monotonic())
 
     # -- the wire ----------------------------------------------------------
 
@@ -146,7 +147,7 @@ class Connection(asyncio.Protocol):
             self.write(data)
 
     def write(self, data):
-        if self.transport and not RULES["mute"]:
+        if self.transport and not self.transport.is_closing() and not RULES["mute"]:
             self.transport.write(data)
 
     def look_at(self, data):
@@ -335,39 +336,36 @@ class Connection(asyncio.Protocol):
                 asyncio.get_running_loop().call_later(0.1, self.end, "close")
 
     def release(self):
-        held, self.held = self.held, {}
-        for stream, answer in held.items():
-            if answer.get("never"):
-                self.held[stream] = answer
-            else:
-                self.answer(stream, {k: v for k, v in answer.items() if k != "hold"} if "status" in answer
-                            else {"status": 200})
-        self.flush()
+        for stream, answer in list(self.held.items()):
+            if not answer.get("never"):
+                del self.held[stream]
+                self.answer(stream, {"status": 200, **answer})
 
 
 def obey(order):
-    do = order.pop("do")
+    do, number = order.pop("do"), order.pop("conn", None)
+    chosen = connections[number - 1] if number else connections[-1] if connections else None
     if do == "rules":
         for name, value in order.items():
-            if isinstance(RULES[name], dict) and name != "answer":
+            if name in ("settings", "answers"):
                 RULES[name].update(value)
             else:
                 RULES[name] = value
     elif do == "release":
-        for each in connections:
+        for each in [chosen] if number else connections:
             each.release()
     elif do in ("close", "reset"):
-        connections[-1].end(do)
+        chosen.end(do)
     elif do == "goaway":
-        connections[-1].goaway(**order)
+        chosen.goaway(**order)
     elif do == "settings":
-        connections[-1].set({int(k): v for k, v in order["values"].items()})
+        chosen.set({int(k): v for k, v in order["values"].items()})
     elif do == "ping":
-        connections[-1].h2.ping(b"question")
-        connections[-1].flush()
+        chosen.h2.ping(b"question")
+        chosen.flush()
     elif do == "raw":
-        connections[-1].flush()
-        connections[-1].write(bytes.fromhex(order["hex"]))
+        chosen.flush()
+        chosen.write(bytes.fromhex(order["hex"]))
     report("done", do=do)
 
 
@@ -381,8 +379,9 @@ async def main(rules):
     if client_ca:
         context.load_verify_locations(client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
+    logging.getLogger("asyncio").disabled = True   # it tells of clients that went
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda loop, why: report("note", what=str(why.get("exception"))))
+    loop.set_exception_handler(lambda loop, why: report("note", what=repr(why.get("exception") or why["message"])))
     server = await loop.create_server(Connection, "127.0.0.1", rules.get("port", 0), ssl=context)
     report("port", port=server.sockets[0].getsockname()[1])
     orders = asyncio.StreamReader(limit=1 << 26)
