@@ -3551,7 +3551,7 @@ static void push_answered(struct conn *c, struct push *p, int status, slice reas
     g->errors = status == 500 ? g->errors + 1 : 0;
     if (fate == RENEW && now.ms - push.jwt_ms < JWT_AGAIN_MS) fate = CONFIG;
     if (fate == RENEW) buf_clear(&push.jwt);
-    if (fate == CONFIG) push_pause(reason.len > 0 ? a->reason : "refused", a->words);
+    if (fate == CONFIG) g->orderly = true, push_pause(a->reason, a->words);
     if (fate == CONFIG || fate == RENEW || fate == RECONNECT || g->errors >= 2) conn_close(c, a->words);
     bool dead = fate == DEAD || (fate == SUSPECT && push_judge(p, true));
     if (fate == SUSPECT && !dead && push.n_verdicts >= 3)
