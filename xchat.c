@@ -2883,6 +2883,7 @@ static void room_leave(struct member *m) {
 
 enum {
     TOKEN_MIN = 8, TOKEN_MAX = 400,   /* hex digits */
+    PAYLOAD_MAX = 4096,
     DEVICES_MAX = 100000,
     PUSH_QUEUE = 16384,               /* pushes waiting or unanswered; then the oldest goes */
     PUSH_MERGE_MS = 1000,             /* what comes in this time is one push */
@@ -2910,6 +2911,8 @@ struct device {
 
 struct audience {                     /* the phones of a room */
     struct subscription *first;
+    struct buf title, body, uid;      /* what was said last, by whom... */
+    char id[ID_BYTES + 1];            /* ...and its id; "": nothing since we started */
     uint8_t key_len;
     char key[];                       /* as the room's */
 };
@@ -2925,7 +2928,7 @@ struct push {
     struct push *next;
     struct subscription *owner;       /* whose `waiting` it is, or NULL */
     const void *audience;             /* of which room; only to be compared */
-    struct buf payload;               /* empty: it was taken back */
+    struct buf payload;               /* empty: not written yet, or taken back if there is no owner */
     struct buf reply;                 /* the body of the answer */
     int64_t due_ms, sent_ms, expires, registered_ms;   /* two times of each clock */
     int64_t window;                   /* HTTP/2: bytes that its stream may still carry */
@@ -2984,9 +2987,7 @@ static struct {
     int file;                         /* the list of devices, or -1 */
     uint32_t file_lines;
     struct buf lines;                 /* to be added to it */
-    struct buf title, body, uid, text;   /* of the message at hand... */
-    char id[ID_BYTES + 1];
-    slice author;
+    struct buf text, token;           /* decoded fields */
     int test_status;                  /* of --push-test */
     uint64_t count[COUNTS], latency_ms, responses[600];
 } push;
@@ -3001,7 +3002,11 @@ static slice audience_key(const void *item) {
     return (slice){a->key, a->key_len};
 }
 
-static int64_t wall_ms(void) { return (int64_t)now.wall * 1000; }
+static int64_t wall_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
 
 /* ---- Lists of pushes. ---- */
 
@@ -3139,6 +3144,7 @@ static void subscription_free(struct subscription *s) {
     if (s->waiting != NULL) s->waiting->owner = NULL, buf_free(&s->waiting->payload);
     if (s->audience->first == NULL) {
         table_remove(&push.audiences, audience_key(s->audience));
+        buf_free(&s->audience->title), buf_free(&s->audience->body), buf_free(&s->audience->uid);
         free(s->audience);
     }
     free(s);
@@ -3245,12 +3251,12 @@ static void device_read(struct json_field *f) {
     buf_clear(&text);
     json_text(f[4].raw, &text);
     slice room = buf_slice(&text);
-    buf_clear(&push.uid);
-    json_text(f[3].raw, &push.uid);
-    buf_addc(&push.uid, '\0');
+    buf_clear(&push.text);
+    json_text(f[3].raw, &push.text);
+    buf_addc(&push.text, '\0');
     if (at <= 0 && d != NULL) push_forget(d);
     if (ok && at > 0 && room.len > 6 && room.len <= 6 + ROOM_MAX_BYTES) {
-        d = device_subscribe(buf_slice(&token), push.uid.len > 1 ? buf_slice(&push.uid).p : NULL, room, at);
+        d = device_subscribe(buf_slice(&token), push.text.len > 1 ? buf_slice(&push.text).p : NULL, room, at);
         if (d != NULL) d->online--;
     }
     if (at > 0 && unread >= 0 && d != NULL) d->registered_ms = at, d->unread = (uint32_t)unread;
@@ -3266,87 +3272,91 @@ static void device_read(struct json_field *f) {
     buf_free(&token);
 }
 
-/* ---- What is said becomes pushes. ---- */
+/* ---- What is said becomes pushes. Of a room only the last message is kept here: it is
+ * what all of its phones will be shown. ---- */
 
-/* Reads a line of history into push.title and so on. */
-static bool push_read(slice line) {
-    struct json_field f[] = {{.name = "from_client_name"}, {.name = "content"}, {.name = "from_uid"}, {.name = "id"},
-                             {.name = "from_client_id"}};
+/* Is this of the user whose phone that is? */
+static bool push_own(const struct device *d, const struct audience *a) {
+    return d->uid != NULL && slice_eq(buf_slice(&a->uid), slice_of(d->uid));
+}
+
+static void push_write(struct buf *b, const struct subscription *s, slice body, bool cut) {
+    const struct audience *a = s->audience;
+    bool named = push.named && !push_own(s->device, a);   /* the last one may be its user's own */
+    buf_clear(b);
+    buf_add(b, S("{\"aps\":{\"alert\":{"));
+    if (named) json_add(b, "title", buf_slice(&a->title));
+    if (named) json_add(b, "body", push.full ? body : S("New message"));
+    else json_add(b, "loc-key", S("NEW_MESSAGE"));
+    if (cut) b->len--, buf_add(b, S("\xe2\x80\xa6\""));
+    buf_printf(b, "},\"badge\":%u,\"sound\":\"default\"", s->device->unread);
+    if (push.named) json_add(b, "thread-id", slice_cut(audience_key(a), 6));
+    buf_add(b, S("}}"));
+}
+
+static size_t push_limit(void) { return !push.binary ? PAYLOAD_MAX : opt.apns_format == 2 ? 2048 : 256; }
+
+/* Writes the payload of a push that waits, unless it has the last message already: as much
+ * of the text as fits. */
+static void push_fill(struct push *p) {
+    size_t limit = push_limit();
+    const struct subscription *s = p->owner;
+    if (s == NULL || *s->audience->id == '\0' || strcmp(s->audience->id, p->collapse) == 0) return;
+    memcpy(p->collapse, s->audience->id, sizeof p->collapse);
+    slice body = buf_slice(&s->audience->body);
+    struct buf *b = &p->payload;
+    push_write(b, s, body, false);
+    while (b->len > limit && body.len > 0) {
+        size_t less = (b->len - limit + 5) / 6;   /* no byte has become more than the six of \u0001 */
+        body.len -= less < body.len ? less : body.len;
+        while (body.len > 0 && (body.p[body.len] & 0xc0) == 0x80) body.len--;   /* between two characters */
+        push_write(b, s, body, push.full);
+    }
+    device_write(s->device, NULL, NULL);
+}
+
+/* The phone of this subscription has missed so many messages. */
+static void push_tell(struct subscription *s, uint32_t n) {
+    s->device->unread += n;
+    if (s->waiting == NULL) push_queue(s);
+}
+
+/* `said` of the rooms. */
+static void push_said(slice key, slice line) {
+    struct json_field f[] = {{.name = "from_client_name"}, {.name = "content"}, {.name = "from_uid"}, {.name = "id"}};
+    struct audience *a = table_find(&push.audiences, key);
     size_t where;
-    if (json_pick(line, f, 5, &where) != NULL || f[3].raw.p == NULL || f[3].raw.len != ID_BYTES + 2) return false;
-    buf_clear(&push.title), buf_clear(&push.body), buf_clear(&push.uid), buf_clear(&push.text);
+    if (a == NULL || json_pick(line, f, 4, &where) != NULL || f[3].raw.p == NULL) return;
+    buf_clear(&a->title), buf_clear(&a->body), buf_clear(&a->uid), buf_clear(&push.text);
     json_text(f[0].raw, &push.text);
-    html_text(&push.title, buf_slice(&push.text));
+    html_text(&a->title, buf_slice(&push.text));
     buf_clear(&push.text);
     json_text(f[1].raw, &push.text);
     slice content = buf_slice(&push.text);
     const char *end = slice_starts(content, S("<b>")) ? memchr(content.p + 3, '/', content.len - 3) : NULL;
     if (end != NULL) content = slice_cut(content, (size_t)(end - content.p) + 3);   /* "<b>says to you: </b>" */
-    html_text(&push.body, content);
-    json_text(f[2].raw, &push.uid);
-    memcpy(push.id, f[3].raw.p + 1, ID_BYTES);
-    push.author = f[4].raw.p != NULL ? json_inside(f[4].raw) : S("");
-    return true;
-}
-
-static void push_write(struct buf *b, const struct subscription *s, slice body, bool cut) {
-    buf_clear(b);
-    buf_add(b, S("{\"aps\":{\"alert\":{"));
-    if (push.named) json_add(b, "title", buf_slice(&push.title));
-    if (push.named) json_add(b, "body", push.full ? body : S("New message"));
-    else json_add(b, "loc-key", S("NEW_MESSAGE"));
-    if (cut) b->len--, buf_add(b, S("\xe2\x80\xa6\""));
-    buf_printf(b, "},\"badge\":%u,\"sound\":\"default\"", s->device->unread);
-    if (push.named) json_add(b, "thread-id", slice_cut(audience_key(s->audience), 6));
-    buf_add(b, S("}}"));
-}
-
-/* Writes the payload: as much of the body as fits. */
-static void push_fill(struct buf *b, const struct subscription *s) {
-    size_t limit = !push.binary ? 4096 : opt.apns_format == 2 ? 2048 : 256;
-    slice body = buf_slice(&push.body);
-    if (body.len > limit) body.len = limit;   /* it does not fit anyway */
-    push_write(b, s, body, body.len < push.body.len);
-    while (b->len > limit && body.len > 0) {
-        size_t less = (b->len - limit + 5) / 6;   /* no byte has become more than the six of \u0001 */
-        body.len -= less < body.len ? less : body.len;
-        while (body.len > 0 && (body.p[body.len] & 0xc0) == 0x80) body.len--;   /* between two characters */
-        push_write(b, s, body, true);
-    }
-}
-
-/* The phone of this subscription has missed the message at hand. */
-static void push_tell(struct subscription *s) {
-    struct push *p = s->waiting;
-    s->device->unread++;
-    if (p == NULL) p = push_queue(s);
-    memcpy(p->collapse, push.id, sizeof p->collapse);
-    push_fill(&p->payload, s);
-    device_write(s->device, NULL, NULL);
-}
-
-/* `said` of the rooms. */
-static void push_said(slice key, slice line) {
-    struct audience *a = table_find(&push.audiences, key);
-    if (a == NULL || !push_read(line)) return;
+    html_text(&a->body, content.len > 6 * PAYLOAD_MAX ? slice_take(content, 6 * PAYLOAD_MAX) : content);
+    json_text(f[2].raw, &a->uid);
+    memcpy(a->id, f[3].raw.p + 1, ID_BYTES);
     for (struct subscription *s = a->first; s != NULL; s = s->next)
-        if (s->device->online == 0 && (push.uid.len == 0 || s->device->uid == NULL ||
-                                       !slice_eq(buf_slice(&push.uid), slice_of(s->device->uid)))) push_tell(s);
+        if (s->device->online == 0 && !push_own(s->device, a)) push_tell(s, 1);
 }
 
 /* The last connection of a phone is ending, and what came behind this position in a
  * room may not have reached it; its own words, those of the client `self`, did. */
 static void push_missed(struct device *d, struct history *h, uint64_t since, slice self) {
     struct subscription *s = device_in(d, table_find(&push.audiences, history_key(h)));
-    uint64_t at = h->end, newest = 0;
+    struct json_field from = {.name = "from_client_id"};
+    uint64_t at = h->end;
     uint32_t n = 0;
+    size_t where;
     slice line;
     if (s == NULL || d->online != 1) return;
-    for (int i = 0; i < HISTORY_MAX && history_before(h, &at, &line) && at >= since; i++)
-        if (push_read(line) && !slice_eq(push.author, self) && n++ == 0) newest = at + line.len + 1;
-    if (n == 0 || !history_before(h, &newest, &line) || !push_read(line)) return;
-    d->unread += n - 1;
-    push_tell(s);
+    for (int i = 0; i < HISTORY_MAX && history_before(h, &at, &line) && at >= since; i++) {
+        from.raw = S("  ");
+        if (json_pick(line, &from, 1, &where) == NULL && !slice_eq(json_inside(from.raw), self)) n++;
+    }
+    if (n > 0) push_tell(s, n);
 }
 
 /* ---- Who we are: a token (JWT, RFC 7519) that our key has signed (ES256), one for all
@@ -4007,12 +4017,13 @@ static bool gate_takes(const struct conn *c, const struct push *p) {
 static void push_pump(void) {
     while (push.ready.n > 0 && now.ms >= push.pause_ms && !loop_stopping()) {
         struct push *p = push.ready.first;
+        push_fill(p);
         if (p->payload.len == 0 || p->expires <= now.wall) {
             bool expired = list_take(&push.ready)->payload.len > 0;
             if (expired) push_drop(p, EXPIRED);
             else push_free(p);
-        } else if (push.binary && p->token_len != 64) {
-            log_info("apns: %.8s...: its token has not 32 bytes, and cannot be sent there", p->token);
+        } else if ((push.binary && p->token_len != 64) || p->payload.len > push_limit()) {
+            log_info("apns: %.8s...: its token has not 32 bytes, or the names are too long", p->token);
             push_drop(list_take(&push.ready), REFUSED);
         } else if (push.gate == NULL) {
             if (push.dial.busy || now.ms < push.redial_ms) return;
@@ -4106,15 +4117,15 @@ static void gate_opened(struct conn *c, const char *why) {
 static void push_tick(void) {
     struct list wait = {0};
     for (struct push *p; (p = list_take(&push.later)) != NULL;)
-        list_add(now.ms >= p->due_ms || p->payload.len == 0 ? &push.ready : &wait, p);
+        list_add(now.ms >= p->due_ms ? &push.ready : &wait, p);
     push.later = wait;
-    if (push.file_lines / 4 > push.devices.n + 1000) devices_compact(false);
-    devices_store();
     if (push.binary && push.devices.n > 0 && now.ms >= push.feedback_ms && !push.feedback.busy) {
         push.feedback_ms = now.ms + (int64_t)86400 * 1000;
         dial(&push.feedback);
     }
     push_pump();
+    if (push.file_lines / 4 > push.devices.n + 1000) devices_compact(false);
+    devices_store();
 }
 
 /* Appends the figures, as Prometheus reads them. */
@@ -4252,12 +4263,19 @@ static bool push_init(void) {
 }
 
 /* Queues the push of --push-test. */
+/* Keeps what could not be sent, for the next start. */
+static void push_stop(void) {
+    list_join(&push.later, &push.ready);
+    for (struct push *p = push.ready.first; p != NULL; p = p->next) push_fill(p);
+    devices_compact(true);
+}
+
 static int push_status(void) { return push.test_status; }
 
 static void push_try(void) {
-    if (!token_parse(slice_of(opt.push_test), &push.title))
+    if (!token_parse(slice_of(opt.push_test), &push.token))
         usage("--push-test: '%s' is no device token", opt.push_test);
-    struct push *p = push_new(buf_slice(&push.title));
+    struct push *p = push_new(buf_slice(&push.token));
     buf_add(&p->payload, S("{\"aps\":{"));
     json_add(&p->payload, "alert", slice_of(opt.push_text != NULL ? opt.push_text : "Hello from xchat"));
     json_add(&p->payload, "sound", S("default"));
@@ -5515,7 +5533,7 @@ int main(int argc, char **argv) {
     if (opt.admin != NULL) listen_on(opt.admin, &admin_site);
     chat_init(loop.conn[0]->peer.port);
     loop_run();
-    if (opt.apns != NULL) devices_compact(true);
+    if (opt.apns != NULL) push_stop();
     log_info("stopped");
     return 0;
 }
