@@ -3113,7 +3113,7 @@ static void device_write(const struct device *d, const struct subscription *s, c
 static void devices_store(void) {
     slice s = buf_slice(&push.lines);
     if (s.len == 0) return;
-    bool ok = write(push.file, s.p, s.len) == (ssize_t)s.len && (!opt.fsync || fdatasync(push.file) == 0);
+    bool ok = write(push.file, s.p, s.len) == (ssize_t)s.len;
     if (!ok && !push.failing) log_warn("--data: devices cannot be stored: %s", strerror(errno));
     push.failing = !ok;
     if (!ok) push.file_lines = UINT32_MAX / 2;   /* write all of it again, when that is possible */
@@ -3221,6 +3221,7 @@ static struct device *push_online(slice token, const char *uid, slice room) {
     d->unread = 0;
     device_write(d, device_in(d, table_find(&push.audiences, room)), NULL);
     devices_store();
+    if (opt.fsync && opt.data != NULL && fdatasync(push.file) != 0) log_warn("--data: devices: %s", strerror(errno));
     return d;
 }
 
@@ -4013,38 +4014,41 @@ static bool gate_takes(const struct conn *c, const struct push *p) {
     return room && (push.binary || (g->sent.n < g->limit && g->window >= p->payload.len));
 }
 
+/* Has a gateway send a push. */
+static void gate_send(struct conn *c, struct push *p) {
+    struct gate *g = c->state;
+    if (p->owner != NULL) p->owner->waiting = NULL, p->owner = NULL;
+    p->sent_ms = now.ms;
+    push.count[SENT]++;
+    list_add(&g->sent, p);
+    if (push.binary) p->id = ++push.next_id != 0 ? push.next_id : ++push.next_id;
+    if (push.binary) binary_packet(&c->out, p);
+    else h2_request(c, p);
+    conn_touch(c);
+    if (g->next_id >= INT32_MAX - 1) h2_drain(c);   /* no more numbers for streams */
+}
+
 /* Sends what is ready, as far as there is somebody who takes it. */
 static void push_pump(void) {
     while (push.ready.n > 0 && now.ms >= push.pause_ms && !loop_stopping()) {
         struct push *p = push.ready.first;
         push_fill(p);
-        if (p->payload.len == 0 || p->expires <= now.wall) {
-            bool expired = list_take(&push.ready)->payload.len > 0;
-            if (expired) push_drop(p, EXPIRED);
-            else push_free(p);
-        } else if ((push.binary && p->token_len != 64) || p->payload.len > push_limit()) {
-            log_info("apns: %.8s...: its token has not 32 bytes, or the names are too long", p->token);
-            push_drop(list_take(&push.ready), REFUSED);
-        } else if (push.gate == NULL) {
-            if (push.dial.busy || now.ms < push.redial_ms) return;
-            push.redial_ms = now.ms + 100;
-            dial(&push.dial);
-            return;
-        } else if (gate_takes(push.gate, p)) {
-            struct gate *g = push.gate->state;
-            if (p->owner != NULL) p->owner->waiting = NULL, p->owner = NULL;
-            p->sent_ms = now.ms;
-            push.count[SENT]++;
-            list_add(&g->sent, list_take(&push.ready));
-            if (push.binary) p->id = ++push.next_id != 0 ? push.next_id : ++push.next_id;
-            if (push.binary) binary_packet(&push.gate->out, p);
-            else h2_request(push.gate, p);
-            conn_touch(push.gate);
-            if (g->next_id >= INT32_MAX - 1) h2_drain(push.gate);   /* no more numbers for streams */
-        } else {
-            return;
+        bool fits = (!push.binary || p->token_len == 64) && p->payload.len <= push_limit();
+        if (fits && p->payload.len > 0 && p->expires > now.wall) {
+            if (push.gate == NULL && !push.dial.busy && now.ms >= push.redial_ms) {
+                push.redial_ms = now.ms + 100;
+                dial(&push.dial);
+            }
+            if (push.gate == NULL || !gate_takes(push.gate, p)) break;
+            gate_send(push.gate, list_take(&push.ready));
+            continue;
         }
+        list_take(&push.ready);
+        if (!fits) log_info("apns: %.8s...: its token has not 32 bytes, or the names are too long", p->token);
+        if (p->payload.len == 0) push_free(p);
+        else push_drop(p, fits ? EXPIRED : REFUSED);
     }
+    devices_store();
 }
 
 /* No connection could be made, or one has broken: says so, and waits. */
@@ -4125,7 +4129,6 @@ static void push_tick(void) {
     }
     push_pump();
     if (push.file_lines / 4 > push.devices.n + 1000) devices_compact(false);
-    devices_store();
 }
 
 /* Appends the figures, as Prometheus reads them. */
