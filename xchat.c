@@ -282,11 +282,9 @@ static char *buf_room(struct buf *b, size_t n) {
     if (need > INT32_MAX) die("a buffer of %zu bytes is beyond every limit", need);
     if (b->off + need > b->cap) {
         bool fits = need <= b->cap && b->off >= b->cap / 2;
-        if (cap > INT32_MAX) cap = INT32_MAX;
-        char *p = fits ? b->p : xrealloc(NULL, cap);
-        if (b->len > 0) memmove(p, b->p + b->off, b->len);
-        if (!fits) free(b->p);
-        *b = (struct buf){p, 0, b->len, fits ? b->cap : (uint32_t)cap};
+        if (b->len > 0) memmove(b->p, b->p + b->off, b->len);
+        b->off = 0;
+        if (!fits) b->p = xrealloc(b->p, b->cap = (uint32_t)(cap < INT32_MAX ? cap : INT32_MAX));
     }
     return b->p + b->off + b->len;
 }
@@ -394,8 +392,8 @@ static bool utf8_valid(slice s) {
  */
 
 struct json {          /* a reader */
-    const char *p, *end;
-    const char *why;   /* once set: what is wrong at p */
+    slice rest;
+    const char *why;   /* once set: what is wrong at its front */
 };
 
 struct json_field {
@@ -408,145 +406,95 @@ static bool json_fail(struct json *j, const char *why) {
     return false;
 }
 
-static void json_space(struct json *j) {
-    while (j->p < j->end && (*j->p == ' ' || *j->p == '\t' || *j->p == '\n' || *j->p == '\r')) j->p++;
+/* Is one of these characters next? */
+static bool json_at(const struct json *j, const char *set) {
+    return j->rest.len > 0 && *j->rest.p != '\0' && strchr(set, *j->rest.p) != NULL;
 }
 
-/* Takes c if it comes next, behind white space. */
-static bool json_take(struct json *j, char c) {
+/* Skips such characters, `most` of them; returns how many. */
+static size_t json_skip(struct json *j, const char *set, size_t most) {
+    size_t n = 0;
+    for (; n < most && json_at(j, set); n++) j->rest = slice_cut(j->rest, 1);
+    return n;
+}
+
+static void json_space(struct json *j) { json_skip(j, " \t\n\r", SIZE_MAX); }
+static bool json_digits(struct json *j) { return json_skip(j, "0123456789", SIZE_MAX) > 0; }
+
+/* Takes this character if it comes next, behind white space. */
+static bool json_take(struct json *j, const char *c) {
     json_space(j);
-    bool here = j->why == NULL && j->p < j->end && *j->p == c;
-    j->p += here ? 1 : 0;
-    return here;
+    return j->why == NULL && json_skip(j, c, 1) > 0;
 }
 
-/* The \uXXXX at p, or -1. */
-static int64_t json_unit(const char *p, const char *end) {
-    return end - p >= 6 && p[0] == '\\' && p[1] == 'u' ? slice_number((slice){p + 2, 4}, 16) : -1;
+/* The \uXXXX at the front, or -1. */
+static int64_t json_unit(slice s) {
+    return s.len >= 6 && s.p[0] == '\\' && s.p[1] == 'u' ? slice_number((slice){s.p + 2, 4}, 16) : -1;
 }
 
-/* Goes behind the escape at p. A half of a surrogate pair is only right beside the
- * other one (RFC 8259, section 7). */
-static bool json_escape(struct json *j) {
-    char c = j->end - j->p >= 2 ? j->p[1] : '\0';
-    if (c != '\0' && strchr("\"\\/bfnrt", c) != NULL) return j->p += 2, true;
-    int64_t unit = json_unit(j->p, j->end);
-    if (unit < 0) return json_fail(j, "bad escape in a string");
-    j->p += 6;
-    if (unit < 0xd800 || unit > 0xdfff) return true;
-    int64_t low = unit < 0xdc00 ? json_unit(j->p, j->end) : -1;
-    if (low < 0xdc00 || low > 0xdfff) return json_fail(j, "lone surrogate in a string");
-    j->p += 6;
-    return true;
-}
-
-static bool json_string(struct json *j) {
-    for (j->p++; j->p < j->end && *j->p != '"';) {
-        if ((unsigned char)*j->p < 0x20) return json_fail(j, "raw control character in a string");
-        if (*j->p != '\\') j->p++;
-        else if (!json_escape(j)) return false;
+/* Decodes one character of a string: `text` moves behind it, `out` gets its UTF-8 bytes.
+ * Returns how many; 0 for a bad escape. A half of a surrogate pair is only right beside
+ * the other one (RFC 8259, section 7). */
+static size_t json_char(slice *text, char out[4]) {
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    static const unsigned char head[] = {0, 0, 0xc0, 0xe0, 0xf0};
+    char c = text->len > 1 && *text->p == '\\' ? text->p[1] : '\0';
+    const char *plain = c != '\0' ? strchr(from, c) : NULL;
+    size_t used = *text->p != '\\' ? 1 : plain != NULL ? 2 : 6, n = 1;
+    out[0] = plain != NULL ? to[plain - from] : *text->p;
+    if (used == 6) {
+        int64_t code = json_unit(*text), low = code >= 0xd800 && code < 0xdc00 ? json_unit(slice_cut(*text, 6)) : -1;
+        if (low >= 0xdc00 && low < 0xe000) code = 0x10000 + (code - 0xd800) * 0x400 + (low - 0xdc00), used = 12;
+        if (code < 0 || (code >= 0xd800 && code < 0xe000)) return 0;
+        n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+        for (size_t i = n; i-- > 0; code >>= 6)
+            out[i] = (char)(i > 0 ? 0x80 | (code & 0x3f) : head[n] | code);
     }
-    if (j->p == j->end) return json_fail(j, "string without an end");
-    j->p++;
-    return true;
+    *text = slice_cut(*text, used);
+    return n;
 }
 
-static size_t json_digits(struct json *j) {
-    const char *start = j->p;
-    while (j->p < j->end && *j->p >= '0' && *j->p <= '9') j->p++;
-    return (size_t)(j->p - start);
-}
-
-static bool json_is_next(const struct json *j, const char *set) {
-    return j->p < j->end && *j->p != '\0' && strchr(set, *j->p) != NULL;
+/* What follows the quote that begins a string. */
+static bool json_string(struct json *j) {
+    char out[4];
+    while (j->rest.len > 0 && *j->rest.p != '"') {
+        if ((unsigned char)*j->rest.p < 0x20) return json_fail(j, "raw control character in a string");
+        if (json_char(&j->rest, out) == 0) return json_fail(j, "bad escape, or half a surrogate pair, in a string");
+    }
+    return json_skip(j, "\"", 1) > 0 || json_fail(j, "string without an end");
 }
 
 /* -? (0 | [1-9][0-9]*) (. [0-9]+)? ([eE] [+-]? [0-9]+)? */
 static bool json_number(struct json *j) {
-    if (*j->p == '-') j->p++;
-    bool zero = json_is_next(j, "0");
-    size_t digits = json_digits(j);
-    bool ok = digits > 0 && (digits == 1 || !zero);
-    if (ok && json_is_next(j, ".")) j->p++, ok = json_digits(j) > 0;
-    if (ok && json_is_next(j, "eE")) {
-        j->p++;
-        if (json_is_next(j, "+-")) j->p++;
-        ok = json_digits(j) > 0;
+    json_skip(j, "-", 1);
+    bool zero = json_skip(j, "0", 1) > 0, ok = json_digits(j) != zero;
+    if (ok && json_skip(j, ".", 1) > 0) ok = json_digits(j);
+    if (ok && json_skip(j, "eE", 1) > 0) {
+        json_skip(j, "+-", 1);
+        ok = json_digits(j);
     }
     return ok || json_fail(j, "bad number");
 }
 
 /* A string, a number, true, false or null. */
 static bool json_scalar(struct json *j) {
-    slice rest = {j->p, (size_t)(j->end - j->p)}, words[] = {S("true"), S("false"), S("null")};
-    if (json_is_next(j, "\"")) return json_string(j);
-    if (json_is_next(j, "-0123456789")) return json_number(j);
+    const slice words[] = {S("true"), S("false"), S("null")};
+    if (json_skip(j, "\"", 1) > 0) return json_string(j);
+    if (json_at(j, "-0123456789")) return json_number(j);
     for (size_t i = 0; i < 3; i++)
-        if (slice_starts(rest, words[i])) return j->p += words[i].len, true;
-    return json_fail(j, rest.len > 0 ? "a value was expected" : "the text ends too early");
+        if (slice_starts(j->rest, words[i])) return j->rest = slice_cut(j->rest, words[i].len), true;
+    return json_fail(j, j->rest.len > 0 ? "a value was expected" : "the text ends too early");
 }
 
 /* The key of a member, and its colon; returns the raw key. */
 static slice json_key(struct json *j) {
     json_space(j);
-    slice key = {j->p, 0};
-    if (!json_is_next(j, "\"")) json_fail(j, "a key in quotes was expected");
-    else if (json_string(j)) key.len = (size_t)(j->p - key.p);
-    if (!json_take(j, ':')) json_fail(j, "':' was expected");
+    slice key = j->rest;
+    if (json_skip(j, "\"", 1) == 0) json_fail(j, "a key in quotes was expected");
+    else json_string(j);
+    key.len -= j->rest.len;
+    if (!json_take(j, ":")) json_fail(j, "':' was expected");
     return key;
-}
-
-/* One whole value, at most `levels` brackets inside each other. Returns its raw text;
- * look at j->why before using it. */
-static slice json_value(struct json *j, int levels) {
-    uint64_t objects = 0;   /* bit 0: is the innermost open bracket an object? */
-    int depth = 0;
-    json_space(j);
-    slice raw = {j->p, 0};
-    do {
-        bool object = json_take(j, '{');
-        if (object || json_take(j, '[')) {
-            if (++depth > levels) json_fail(j, "nested too deeply");
-            objects = objects << 1 | (object ? 1 : 0);
-            if (!json_take(j, object ? '}' : ']')) {
-                if (object) json_key(j);
-                continue;
-            }
-            depth--, objects >>= 1;
-        } else {
-            json_scalar(j);
-        }
-        /* Behind a value: close brackets until there is a next value. */
-        while (depth > 0 && j->why == NULL && !json_take(j, ',')) {
-            if (!json_take(j, objects & 1 ? '}' : ']')) json_fail(j, "',' or a closing bracket was expected");
-            depth--, objects >>= 1;
-        }
-        if (depth > 0 && (objects & 1)) json_key(j);
-    } while (depth > 0 && j->why == NULL);
-    raw.len = (size_t)(j->p - raw.p);
-    return raw;
-}
-
-/* Decodes one character of a checked string: `text` moves behind it, `out` gets its
- * UTF-8 bytes. Returns how many. */
-static size_t json_char(slice *text, char out[4]) {
-    static const char from[] = "bfnrt", to[] = "\b\f\n\r\t";
-    size_t used = *text->p != '\\' ? 1 : text->p[1] != 'u' ? 2 : 6, n = 1;
-    const char *plain = used == 2 ? strchr(from, text->p[1]) : NULL;
-    out[0] = plain != NULL ? to[plain - from] : text->p[used == 2 ? 1 : 0];
-    if (used == 6) {
-        uint32_t code = (uint32_t)json_unit(text->p, text->p + 6);
-        if (code >= 0xd800 && code <= 0xdbff) {
-            code = 0x10000 + ((code - 0xd800) << 10) + ((uint32_t)json_unit(text->p + 6, text->p + 12) - 0xdc00);
-            used = 12;
-        }
-        n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
-        static const unsigned char head[] = {0, 0, 0xc0, 0xe0, 0xf0};
-        for (size_t i = n; i-- > 0; code >>= 6)
-            out[i] = (char)(i > 0 ? 0x80 | (code & 0x3f) : head[n] | code);
-    }
-    *text = slice_cut(*text, used);
-    return n;
 }
 
 static slice json_inside(slice raw) { return (slice){raw.p + 1, raw.len - 2}; }
@@ -567,19 +515,37 @@ static bool json_is(slice raw, const char *name) {
 /* Checks the whole text and finds the wanted fields of its object; of a key that
  * comes twice the last one wins. Returns NULL, or what is wrong at byte *at. */
 static const char *json_pick(slice text, struct json_field *fields, size_t n, size_t *at) {
-    struct json j = {text.p, text.p + text.len, utf8_valid(text) ? NULL : "not UTF-8"};
-    if (!json_take(&j, '{')) json_fail(&j, "an object was expected");
-    if (!json_take(&j, '}')) {
-        do {
-            slice key = json_key(&j), raw = j.why == NULL ? json_value(&j, JSON_DEPTH - 1) : S("");
-            for (size_t i = 0; i < n && j.why == NULL; i++)
-                if (json_is(key, fields[i].name)) fields[i].raw = raw;
-        } while (json_take(&j, ','));
-        if (!json_take(&j, '}')) json_fail(&j, "',' or '}' was expected");
-    }
+    struct json j = {text, utf8_valid(text) ? NULL : "not UTF-8"};
+    uint64_t objects = 0;   /* bit 0: is the innermost open bracket an object? */
+    int depth = 0;
+    slice name = S(""), start = S("");   /* the member of the outer object that we are in */
     json_space(&j);
-    if (j.p != j.end) json_fail(&j, "text behind the object");
-    *at = (size_t)(j.p - text.p);
+    if (!json_at(&j, "{")) json_fail(&j, "an object was expected");
+    do {
+        slice key = (objects & 1) != 0 ? json_key(&j) : S("");
+        json_space(&j);
+        if (depth == 1) name = key, start = j.rest;
+        bool object = json_take(&j, "{");
+        if (object || json_take(&j, "[")) {
+            if (++depth > JSON_DEPTH) json_fail(&j, "nested too deeply");
+            objects = objects << 1 | (object ? 1 : 0);
+            json_space(&j);
+            if (!json_at(&j, object ? "}" : "]")) continue;
+        } else {
+            json_scalar(&j);
+        }
+        /* Behind a value: close brackets until there is a next value. */
+        while (depth > 0 && j.why == NULL) {
+            for (size_t i = 0; i < n && depth == 1; i++)
+                if (json_is(name, fields[i].name)) fields[i].raw = slice_take(start, start.len - j.rest.len);
+            if (json_take(&j, ",")) break;
+            if (!json_take(&j, objects & 1 ? "}" : "]")) json_fail(&j, "',' or a closing bracket was expected");
+            depth--, objects >>= 1;
+        }
+    } while (depth > 0 && j.why == NULL);
+    json_space(&j);
+    if (j.rest.len > 0) json_fail(&j, "text behind the object");
+    *at = text.len - j.rest.len;
     return j.why;
 }
 
@@ -591,12 +557,12 @@ static bool json_number_text(slice raw, struct buf *b) {
     double value = strtod(text, NULL);
     errno = 0;
     strtoll(text, NULL, 10);
-    bool whole = strpbrk(text, ".eE") == NULL && errno == 0 && strcmp(text, "-0") != 0;
-    bool ok = *text != '\0' && isfinite(value);
-    if (ok && !whole) snprintf(text, sizeof text, "%.15g", value);
-    if (ok && !whole && strtod(text, NULL) != value) snprintf(text, sizeof text, "%.17g", value);
-    if (ok) buf_add(b, slice_of(text));
-    return ok;
+    bool whole = strpbrk(text, ".eE") == NULL && errno == 0;
+    if (*text == '\0' || !isfinite(value)) return false;
+    if (!whole) snprintf(text, sizeof text, "%.15g", value);
+    if (strtod(text, NULL) != value) snprintf(text, sizeof text, "%.17g", value);
+    buf_add(b, slice_of(text));
+    return true;
 }
 
 /* Appends the text of a raw value as PHP would turn it into a string: true is "1";
@@ -623,14 +589,13 @@ static bool json_text(slice raw, struct buf *b) {
  * Text stays UTF-8. The clients of this protocol put names and contents into their
  * pages as HTML, so text of people becomes HTML on its way in (html_escape). ---- */
 
-struct escapes {
+static const struct escapes {
     const char *from, *to[7];   /* characters, and what stands for each */
     bool controls;              /* are other control characters escaped? */
-};
-
-static const struct escapes json_escapes = {
-    "\"\\\b\f\n\r\t", {"\\\"", "\\\\", "\\b", "\\f", "\\n", "\\r", "\\t"}, true};
-static const struct escapes html_escapes = {"&<>\"'", {"&amp;", "&lt;", "&gt;", "&quot;", "&#039;"}, false};
+    bool breaks;                /* are two different line ends in a row one? */
+} json_escapes = {"\"\\\b\f\n\r\t", {"\\\"", "\\\\", "\\b", "\\f", "\\n", "\\r", "\\t"}, true, false},
+  html_escapes = {"&<>\"'", {"&amp;", "&lt;", "&gt;", "&quot;", "&#039;"}, false, false},
+  html_breaks = {"&<>\"'\n\r", {"&amp;", "&lt;", "&gt;", "&quot;", "&#039;", "<br />\n", "<br />\r"}, false, true};
 
 /* Appends s, escaped; what needs no change is copied in long pieces. */
 static void escape(struct buf *b, slice s, const struct escapes *e) {
@@ -644,6 +609,7 @@ static void escape(struct buf *b, slice s, const struct escapes *e) {
         if (at != NULL) buf_add(b, slice_of(e->to[at - e->from]));
         else buf_printf(b, "\\u%04x", c);
         run = i + 1;
+        if (e->breaks && (c == '\n' || c == '\r') && run < s.len && s.p[run] == '\n' + '\r' - c) i++;
     }
     buf_add(b, slice_cut(s, run));
 }
@@ -668,18 +634,7 @@ static void json_add(struct buf *b, const char *name, slice value) {
 
 /* Appends text as HTML. If `breaks`, each line end (\n, \r\n, \n\r or \r) gets a
  * "<br />" in front, and stays. */
-static void html_escape(struct buf *b, slice s, bool breaks) {
-    for (size_t n = 0; s.len > 0; n = 0) {
-        while (n < s.len && !(breaks && (s.p[n] == '\n' || s.p[n] == '\r'))) n++;
-        escape(b, slice_take(s, n), &html_escapes);
-        s = slice_cut(s, n);
-        if (s.len == 0) return;
-        bool pair = s.len > 1 && (s.p[1] == '\n' || s.p[1] == '\r') && s.p[1] != s.p[0];
-        buf_add(b, S("<br />"));
-        buf_add(b, slice_take(s, pair ? 2 : 1));
-        s = slice_cut(s, pair ? 2 : 1);
-    }
-}
+static void html_escape(struct buf *b, slice s, bool breaks) { escape(b, s, breaks ? &html_breaks : &html_escapes); }
 
 /* Appends what html_escape() was given, but without tags. */
 static void html_text(struct buf *b, slice s) {
