@@ -683,16 +683,19 @@ struct table {
     size_t cap, n;                    /* cap is 0 or a power of two */
 };
 
-static size_t table_home(const struct table *t, slice key) {
+/* Those who know what the lower half is could fill one place of a table. */
+static uint64_t table_hash(slice key) {
     unsigned char text[sizeof tables.secret + TABLE_KEY_MAX], hash[SHA256_DIGEST_LENGTH];
-    size_t home;
+    uint64_t n;
     assert(key.len <= TABLE_KEY_MAX);
     memcpy(text, tables.secret, sizeof tables.secret);
     memcpy(text + sizeof tables.secret, key.p, key.len);
     SHA256(text, sizeof tables.secret + key.len, hash);
-    memcpy(&home, hash, sizeof home);
-    return home & (t->cap - 1);
+    memcpy(&n, hash, sizeof n);
+    return n;
 }
+
+static size_t table_home(const struct table *t, slice key) { return (size_t)table_hash(key) & (t->cap - 1); }
 
 /* The slot where an item of this key is, or where it would go. */
 static size_t table_slot(const struct table *t, slice key) {
@@ -1563,20 +1566,19 @@ static slice caller_key(const void *item) { return (slice){item, sizeof ((struct
  * has too many. One person has one IPv4 address but 2^64 of IPv6: there a whole /64 is
  * one caller. */
 static bool http_count(struct conn *c, bool enter) {
-    struct caller wanted = {.n = 0}, *caller = NULL;
-    bool by_address = opt.max_per_address > 0 && !c->peer.local;
+    struct caller wanted = {.net[15] = c->peer.local}, *caller;
+    uint32_t most = opt.max_per_address > 0 && !c->peer.local ? opt.max_per_address : UINT32_MAX;
     if (c->counted == enter) return true;
     memcpy(wanted.net, c->peer.ip, addr_is_v4(&c->peer) ? 16 : 8);
-    if (by_address) caller = table_find(&http.callers, caller_key(&wanted));
-    if (enter && caller != NULL && caller->n >= opt.max_per_address) return false;
-    if (by_address && caller == NULL) {
+    if ((caller = table_find(&http.callers, caller_key(&wanted))) == NULL) {
         caller = memcpy(xcalloc(sizeof wanted), &wanted, sizeof wanted);
         table_add(&http.callers, caller);
     }
+    if (enter && caller->n >= most) return false;
     c->counted = enter;
     http.connections = enter ? http.connections + 1 : http.connections - 1;
-    if (caller != NULL) caller->n = enter ? caller->n + 1 : caller->n - 1;
-    if (caller == NULL || caller->n > 0) return true;
+    caller->n = enter ? caller->n + 1 : caller->n - 1;
+    if (caller->n > 0) return true;
     table_remove(&http.callers, caller_key(&wanted));
     free(caller);
     return true;
@@ -1834,19 +1836,16 @@ static void ws_append(struct buf *b, int opcode, slice payload) {
 }
 
 /* How many bytes of length follow the first two; and the length they give. */
-static size_t ws_more(const unsigned char *u) { return (u[1] & 0x7f) == 126 ? 2 : (u[1] & 0x7f) == 127 ? 8 : 0; }
+static size_t ws_more(const char *p) { return (p[1] & 0x7f) == 126 ? 2 : (p[1] & 0x7f) == 127 ? 8 : 0; }
 
-static uint64_t ws_length(const unsigned char *u) {
-    uint64_t len = ws_more(u) > 0 ? 0 : u[1] & 0x7f;
-    for (size_t i = 0; i < ws_more(u); i++) len = len << 8 | u[2 + i];
+static uint64_t ws_length(const char *p) {
+    uint64_t len = ws_more(p) > 0 ? 0 : p[1] & 0x7f;
+    for (size_t i = 0; i < ws_more(p); i++) len = len << 8 | (unsigned char)p[2 + i];
     return len;
 }
 
 /* The whole size of a frame that ws_append() wrote. */
-static size_t ws_frame_size(const char *p) {
-    const unsigned char *u = (const unsigned char *)p;
-    return 2 + ws_more(u) + (size_t)ws_length(u);
-}
+static size_t ws_frame_size(const char *p) { return 2 + ws_more(p) + (size_t)ws_length(p); }
 
 /* Ends a WebSocket connection with a close frame; `why` is a literal, for the log and
  * for the peer. Returns -1. */
@@ -1896,27 +1895,26 @@ static int ws_control(struct conn *c, slice payload) {
 /* Reads a frame header into c->state, per the consume contract: its size, 0 or -1. */
 static int ws_head(struct conn *c, const char *p, size_t n) {
     struct ws *ws = c->state;
-    const unsigned char *u = (const unsigned char *)p;
-    if ((u[0] & 0x70) != 0 || (u[0] & 7) > 2) return ws_close(c, WS_PROTOCOL_ERROR, "reserved bit or opcode");
+    if ((p[0] & 0x70) != 0 || (p[0] & 7) > 2) return ws_close(c, WS_PROTOCOL_ERROR, "reserved bit or opcode");
     if (n < 2) return 0;
-    size_t more = ws_more(u);
-    bool control = (u[0] & 8) != 0;
-    ws->opcode = u[0] & 15;
-    if ((u[1] & 0x80) == 0) return ws_close(c, WS_PROTOCOL_ERROR, "frame without a mask");
-    if (control && (u[0] < 0x80 || more > 0)) return ws_close(c, WS_PROTOCOL_ERROR, "long or fragmented control");
+    size_t more = ws_more(p);
+    bool control = (p[0] & 8) != 0, fin = (p[0] & 0x80) != 0;
+    ws->opcode = p[0] & 15;
+    if ((p[1] & 0x80) == 0) return ws_close(c, WS_PROTOCOL_ERROR, "frame without a mask");
+    if (control && (!fin || more > 0)) return ws_close(c, WS_PROTOCOL_ERROR, "long or fragmented control");
     if (ws->opcode == WS_BINARY) return ws_close(c, WS_NOT_TEXT, "binary is not taken here");
     if (!control && (ws->opcode == WS_CONTINUATION) != ws->in_text)
         return ws_close(c, WS_PROTOCOL_ERROR, "fragment out of order");
     if (n < 2 + more) return 0;
-    ws->left = ws_length(u);
+    ws->left = ws_length(p);
     if ((more == 2 && ws->left < 126) || (more == 8 && (ws->left < 65536 || ws->left >> 63 != 0)))
         return ws_close(c, WS_PROTOCOL_ERROR, "length not in its shortest form");
     if (!control && (ws->left > opt.max_message || ws->left + ws->text.len > opt.max_message))
         return ws_close(c, WS_TOO_BIG, "message over --max-message");
     if (n < 6 + more) return 0;
     if (!control && ++ws->fragments > FRAGMENTS_MAX) return ws_close(c, WS_POLICY, "too many fragments");
-    if (!control) ws->fin = (u[0] & 0x80) != 0, ws->in_frame = ws->in_text = true;
-    memcpy(ws->mask, u + 2 + more, 4);
+    if (!control) ws->fin = fin, ws->in_frame = ws->in_text = true;
+    memcpy(ws->mask, p + 2 + more, 4);
     ws->phase = 0;
     return (int)(6 + more);
 }
@@ -1996,7 +1994,7 @@ struct history {
     size_t segments;
     bool unknown;                  /* its files cannot be looked at: nobody may enter */
     bool failing, damaged;         /* said so in the log */
-    struct history *older, *newer; /* among those not in use, without --data */
+    struct idle *idle;             /* where it waits, while it is not in use */
     uint8_t key_len;
     char key[];                    /* "rooms/" or "users/", and a name */
 };
@@ -2004,10 +2002,12 @@ struct history {
 static struct {
     int dir_fd;                        /* of --data, or -1 */
     struct table logs;
-    struct history *oldest, *newest;   /* not in use, without --data */
-    size_t idle;
-    uint32_t epoch;                    /* without --data: part of that of all logs... */
-    uint64_t forgotten;                /* ...so a new one begins behind all that are gone */
+    struct idle {
+        struct history *log;
+        uint64_t since;
+    } idle[IDLE_LOGS];                 /* without --data: not in use since closing number... */
+    uint64_t closings;
+    uint64_t forgotten;                /* without --data: new logs begin behind all that are gone */
     const struct history *window_of;   /* the bytes read last: of this log... */
     uint64_t window_at;                /* ...from this position on */
     slice window;                      /* in `block`, or in the log's tail */
@@ -2032,8 +2032,8 @@ static void history_newest(const struct history *h, char id[ID_BYTES + 1]) {
 /* 16 hex digits; -1 for anything else, and for what no file can be as long as. */
 static int64_t history_number(slice s) {
     int64_t high = s.len == 16 ? slice_number(slice_take(s, 8), 16) : -1;
-    int64_t low = s.len == 16 ? slice_number(slice_cut(s, 8), 16) : -1;
-    return high < 0 || high > INT32_MAX || low < 0 ? -1 : high << 32 | low;
+    int64_t low = high >= 0 ? slice_number(slice_cut(s, 8), 16) : -1;
+    return high > INT32_MAX || low < 0 ? -1 : high << 32 | low;
 }
 
 /* ---- Files. ---- */
@@ -2075,6 +2075,13 @@ static int history_openat(struct path path, int flags) {
     return openat(histories.dir_fd, path.text, flags | O_CLOEXEC | O_NONBLOCK, 0640);   /* a pipe must not stop us */
 }
 
+/* If it is open. errno stays as it was. */
+static void history_close_file(int fd) {
+    int error = errno;
+    if (fd >= 0) close(fd);
+    errno = error;
+}
+
 /* Forgets the n oldest files. */
 static void history_drop(struct history *h, size_t n) {
     h->segments -= n;
@@ -2103,22 +2110,16 @@ static void history_lose(struct history *h, uint64_t at) {
  * errno: ENOENT if the file has gone, or does not have them. */
 static bool history_load(const struct history *h, uint64_t from, uint64_t to) {
     size_t n = (size_t)(to - from);
-    histories.window_of = h;
-    if (histories.dir_fd < 0) {
-        histories.window_at = h->base;
-        histories.window = buf_slice(&h->tail);
-        return true;
-    }
     uint64_t start = h->segment[history_file(h, from)];
     int fd = history_openat(history_file_path(h, start), O_RDONLY);
     if (histories.block.cap > READ_BYTES) buf_free(&histories.block);   /* a long line was in it */
     char *p = buf_room(&histories.block, n);
     ssize_t got = fd >= 0 ? pread(fd, p, n, (off_t)(from - start)) : -1;
-    int error = got < 0 ? errno : ENOENT;
-    if (fd >= 0) close(fd);
+    if (got >= 0) errno = ENOENT;
+    history_close_file(fd);
+    histories.window_of = h;
     histories.window_at = from;
     histories.window = (slice){p, got == (ssize_t)n ? n : 0};
-    errno = error;
     return got == (ssize_t)n;
 }
 
@@ -2129,14 +2130,17 @@ static bool history_line(struct history *h, uint64_t at, bool back, slice *line)
     bool files = histories.dir_fd >= 0;
     size_t i = files ? history_file(h, back ? at - 1 : at) : 0;
     uint64_t low = files ? h->segment[i] : h->base, high = i + 1 < h->segments ? h->segment[i + 1] : h->end;
+    if (!files) {
+        histories.window_of = h;
+        histories.window_at = low;
+        histories.window = buf_slice(&h->tail);
+    }
     for (size_t want = READ_BYTES;;) {
         slice w = histories.window;
-        bool in = histories.window_of == h && (at > histories.window_at || (!back && at == histories.window_at)) &&
-                  at <= histories.window_at + w.len;
+        bool in = histories.window_of == h && at >= histories.window_at && at <= histories.window_at + w.len;
         size_t split = in ? (size_t)(at - histories.window_at) : 0, n = 0;
         w = !in ? S("") : back ? slice_take(w, split) : slice_cut(w, split);
-        if (back) while (n < w.len && (n == 0 || w.p[w.len - 1 - n] != '\n')) n++;
-        else while (n < w.len && (n == 0 || w.p[n - 1] != '\n')) n++;
+        while (n < w.len && (n == 0 || w.p[back ? w.len - 1 - n : n - 1] != '\n')) n++;
         bool whole = back ? n < w.len || at - n == low : at + n == high || (n > 0 && w.p[n - 1] == '\n');
         *line = (slice){back ? w.p + w.len - n : w.p, n};
         if (whole || n >= LINE_MAX_BYTES) return true;
@@ -2161,15 +2165,6 @@ static bool history_ours(slice line, uint64_t end) {
     return epoch >= 0 && json_is(id.raw, wanted);
 }
 
-/* The same, and the log is told if it is not. */
-static bool history_whole(struct history *h, slice line, uint64_t end) {
-    bool ours = history_ours(line, end);
-    if (!ours && !h->damaged) log_warn("%.*s: damaged lines are left out; one ends at byte %llu of its history",
-                                       F(history_key(h)), (unsigned long long)end);
-    h->damaged = h->damaged || !ours;
-    return ours;
-}
-
 /* ---- Opening. ---- */
 
 static int history_compare(const void *a, const void *b) {
@@ -2186,22 +2181,20 @@ static void history_add_file(struct history *h, uint64_t start) {
 /* Finds the files of a room, oldest first. False, with errno, if that is not possible now. */
 static bool history_find(struct history *h) {
     int fd = history_openat(history_path(h, ""), O_RDONLY | O_DIRECTORY);
-    DIR *dir = fd >= 0 ? fdopendir(fd) : NULL;
-    if (dir == NULL && fd < 0) return errno == ENOENT;
-    if (dir == NULL) return close(fd), errno = ENOMEM, false;
+    if (fd < 0) return errno == ENOENT;
+    DIR *dir = fdopendir(fd);
+    if (dir == NULL) die("out of memory (directory)");
     errno = 0;
     for (struct dirent *e; (e = readdir(dir)) != NULL; errno = 0) {
         slice name = slice_of(e->d_name);
         int64_t start = name.len == 20 ? history_number(slice_take(name, 16)) : -1;
-        if (start < 0) continue;
-        struct path path = history_file_path(h, (uint64_t)start);
-        if (slice_eq(slice_of(strrchr(path.text, '/') + 1), name)) history_add_file(h, (uint64_t)start);
+        if (start >= 0 && strcmp(strrchr(history_file_path(h, (uint64_t)start).text, '/') + 1, e->d_name) == 0)
+            history_add_file(h, (uint64_t)start);
     }
     int error = errno;
     closedir(dir);
     if (h->segments > 0) qsort(h->segment, h->segments, sizeof *h->segment, history_compare);
-    errno = error;
-    return error == 0;
+    return errno = error, error == 0;
 }
 
 /* Finds where the log begins and ends: from the last gap to the last line end. False,
@@ -2209,13 +2202,14 @@ static bool history_find(struct history *h) {
 static bool history_measure(struct history *h) {
     struct stat st;
     slice line;
-    for (size_t i = 0; i < h->segments; i++) {
-        uint64_t start = h->segment[i];
-        if (fstatat(histories.dir_fd, history_file_path(h, start).text, &st, 0) != 0) return false;
-        h->end = start + (S_ISREG(st.st_mode) ? (uint64_t)st.st_size : 0);
-        if (i + 1 == h->segments || h->end >= h->segment[i + 1]) continue;
-        history_lose(h, start);
-        i = (size_t)-1;   /* look at the others again */
+    for (size_t i = h->segments; i-- > 0;) {
+        if (fstatat(histories.dir_fd, history_file_path(h, h->segment[i]).text, &st, 0) != 0) return false;
+        uint64_t behind = h->segment[i] + (S_ISREG(st.st_mode) ? (uint64_t)st.st_size : 0);
+        if (i + 1 == h->segments) h->end = behind;
+        else if (behind < h->segment[i + 1]) {
+            history_lose(h, h->segment[i]);
+            break;
+        }
     }
     uint64_t start = h->segments > 0 ? h->segment[h->segments - 1] : 0, end = h->end;
     h->base = h->segments > 0 ? h->segment[0] : 0;
@@ -2229,44 +2223,34 @@ static bool history_measure(struct history *h) {
     log_warn("%s: %llu bytes of a torn last line cut off", path.text, (unsigned long long)(end - h->end));
     int fd = history_openat(path, O_WRONLY);
     if (fd < 0 || ftruncate(fd, (off_t)(h->end - start)) != 0) log_warn("%s: %s", path.text, strerror(errno));
-    if (fd >= 0) close(fd);
+    history_close_file(fd);
     return true;
 }
 
-/* Finds the newest message before a position: moves *at to where its line begins, which
- * lasts as history_line() says. False: there is none. */
-static bool history_before(struct history *h, uint64_t *at, slice *line) {
-    while (*at > h->base && history_line(h, *at, true, line)) {
-        *at -= line->len;
-        if (!history_whole(h, *line, *at + line->len)) continue;
-        line->len--;   /* its line end */
-        return true;
+/* Goes over messages up to a position, forth or back, until there is a good one. It
+ * lasts as history_line() says. */
+static bool history_step(struct history *h, uint64_t *at, uint64_t upto, bool back, slice *line) {
+    while (*at >= h->base && (back ? *at > upto : *at < upto) && history_line(h, *at, back, line)) {
+        uint64_t end = back ? *at : *at + line->len;
+        *at = back ? *at - line->len : end;
+        if (history_ours(*line, end)) return line->len--, true;   /* without its line end */
+        if (!h->damaged) log_warn("%.*s: damaged lines are left out; one ends at byte %llu of its history",
+                                  F(history_key(h)), (unsigned long long)end);
+        h->damaged = true;
     }
     return false;
+}
+
+/* Finds the newest message before a position: moves *at to where its line begins.
+ * False: there is none. */
+static bool history_before(struct history *h, uint64_t *at, slice *line) {
+    return history_step(h, at, h->base, true, line);
 }
 
 /* Finds the oldest message between two positions, and moves *at behind it. False:
  * there is none; if *at is not `upto` then, something has got lost. */
 static bool history_next(struct history *h, uint64_t *at, uint64_t upto, slice *line) {
-    while (*at >= h->base && *at < upto && history_line(h, *at, false, line)) {
-        *at += line->len;
-        if (!history_whole(h, *line, *at)) continue;
-        line->len--;
-        return true;
-    }
-    return false;
-}
-
-/* Takes a log in memory out of those that are not in use, or puts it there. */
-static void history_idle(struct history *h, bool idle) {
-    if (!idle) {
-        *(h->older != NULL ? &h->older->newer : &histories.oldest) = h->newer;
-        *(h->newer != NULL ? &h->newer->older : &histories.newest) = h->older;
-    }
-    h->older = idle ? histories.newest : NULL;
-    h->newer = NULL;
-    if (idle) *(h->older != NULL ? &h->older->newer : &histories.oldest) = h, histories.newest = h;
-    histories.idle = idle ? histories.idle + 1 : histories.idle - 1;
+    return history_step(h, at, upto, false, line);
 }
 
 /* Opens the files of a log. False, with errno, if that is not possible now. */
@@ -2288,14 +2272,14 @@ static bool history_open_files(struct history *h) {
  * until history_close(). Look at `unknown` before letting anybody in. */
 static struct history *history_open(slice key) {
     struct history *h = table_find(&histories.logs, key);
-    unsigned char hash[SHA256_DIGEST_LENGTH];
-    if (h != NULL) return history_idle(h, false), h;
+    if (h != NULL) {
+        *h->idle = (struct idle){0};
+        return h;
+    }
     h = xcalloc(sizeof *h + key.len);
     h->key_len = (uint8_t)key.len;
     memcpy(h->key, key.p, key.len);
-    SHA256((const unsigned char *)key.p, key.len, hash);   /* the ids of two rooms are not alike */
-    memcpy(&h->epoch, hash, sizeof h->epoch);
-    h->epoch = h->newest_epoch = h->epoch ^ histories.epoch;
+    h->epoch = h->newest_epoch = (uint32_t)(table_hash(key) >> 32);   /* the ids of two rooms are not alike */
     h->base = h->end = h->newest = histories.forgotten;
     table_add(&histories.logs, h);
     h->unknown = histories.dir_fd >= 0 && !history_open_files(h);
@@ -2315,15 +2299,16 @@ static void history_free(struct history *h) {
 
 /* The room is empty. Files stay; of the logs in memory those used last do. */
 static void history_close(struct history *h) {
+    struct idle *place = histories.idle;   /* the oldest, or a free one: since 0 */
     if (histories.dir_fd >= 0 || h->tail.len == 0 || h->tail.cap > 4 * MEMORY_BYTES) {
         history_free(h);
         return;
     }
-    history_idle(h, true);
-    if (histories.idle <= IDLE_LOGS) return;
-    h = histories.oldest;
-    history_idle(h, false);
-    history_free(h);
+    for (struct idle *i = place; i < histories.idle + IDLE_LOGS; i++)
+        if (i->since < place->since) place = i;
+    if (place->log != NULL) history_free(place->log);
+    *place = (struct idle){h, ++histories.closings};
+    h->idle = place;
 }
 
 /* ---- Writing. ---- */
@@ -2342,7 +2327,7 @@ static void history_add(struct history *h, slice text, char *id) {
 static bool history_sync(struct path dir) {
     int fd = opt.fsync ? history_openat(dir, O_RDONLY | O_DIRECTORY) : -1;
     bool ok = !opt.fsync || (fd >= 0 && fsync(fd) == 0);
-    if (fd >= 0) close(fd);
+    history_close_file(fd);
     return ok;
 }
 
@@ -2352,15 +2337,13 @@ static int history_create(struct history *h) {
     if (mkdirat(histories.dir_fd, dir.text, 0750) != 0 && errno != EEXIST) return -1;
     int fd = history_openat(path, O_WRONLY | O_CREAT | O_EXCL);
     *strchr(spaces.text, '/') = '\0';
-    if (fd < 0 || (history_sync(dir) && history_sync(spaces))) {
-        if (fd >= 0) history_add_file(h, h->end);
-        return fd;
+    if (fd >= 0 && (!history_sync(dir) || !history_sync(spaces))) {
+        unlinkat(histories.dir_fd, path.text, 0);
+        history_close_file(fd);
+        return -1;
     }
-    int error = errno;
-    close(fd);
-    unlinkat(histories.dir_fd, path.text, 0);
-    errno = error;
-    return -1;
+    if (fd >= 0) history_add_file(h, h->end);
+    return fd;
 }
 
 /* Opens the file that is to be appended to, and makes sure it ends where it should.
@@ -2372,12 +2355,10 @@ static int history_open_last(struct history *h) {
     if (h->segments == 0 || h->end - start >= opt.segment) return history_create(h);
     int fd = history_openat(history_file_path(h, start), O_WRONLY);
     if (fd < 0 && errno != ENOENT) return -1;
-    if (fd >= 0 && fstat(fd, &st) == 0 && st.st_size >= size) {
-        if (st.st_size == size || ftruncate(fd, size) == 0) return fd;
-        close(fd);
-        return -1;
-    }
-    if (fd >= 0) close(fd);
+    bool whole = fd >= 0 && fstat(fd, &st) == 0 && st.st_size >= size;
+    if (whole && (st.st_size == size || ftruncate(fd, size) == 0)) return fd;
+    history_close_file(fd);
+    if (whole) return -1;
     if (size > 0) history_lose(h, start);
     else h->segments--;   /* nothing was in it */
     return history_create(h);
@@ -2389,12 +2370,12 @@ static bool history_write(struct history *h) {
     off_t at = (off_t)(h->end - h->segment[h->segments - 1]);
     slice lines = buf_slice(&h->lines);
     ssize_t n = pwrite(fd, lines.p, lines.len, at);
-    int error = n >= 0 ? ENOSPC : errno;   /* which is what a short write means */
-    bool ok = n == (ssize_t)lines.len;
-    if (ok && opt.fsync && fdatasync(fd) != 0) ok = false, error = errno;
+    if (n >= 0) errno = ENOSPC;   /* which is what a short write means */
+    bool ok = n == (ssize_t)lines.len && (!opt.fsync || fdatasync(fd) == 0);
+    int error = errno;
     if (!ok && ftruncate(fd, at) != 0) log_warn("%.*s: ftruncate: %s", F(history_key(h)), strerror(errno));
-    close(fd);
     errno = error;
+    history_close_file(fd);
     return ok;
 }
 
@@ -2409,7 +2390,6 @@ static bool history_commit(struct history *h) {
     if (!ok) return false;
     h->newest = h->end += h->lines.len;
     h->newest_epoch = h->epoch;
-    if (histories.window_of == h && histories.dir_fd < 0) histories.window_of = NULL;
     if (histories.dir_fd < 0) buf_add(&h->tail, buf_slice(&h->lines));
     while (h->tail.len > MEMORY_BYTES) {
         slice tail = buf_slice(&h->tail), line = slice_split(&tail, '\n');
@@ -2487,7 +2467,6 @@ static void history_init(const char *dir) {
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET}, holder = lock;
     histories.logs.key = history_key;
     histories.dir_fd = -1;
-    if (RAND_bytes((unsigned char *)&histories.epoch, sizeof histories.epoch) != 1) die("no random bytes");
     if (dir == NULL) return;
     if (mkdir(dir, 0750) != 0 && errno != EEXIST) die("--data %s: %s", dir, strerror(errno));
     histories.dir_fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -2560,8 +2539,6 @@ struct room {
     struct member *first, *last;  /* in order of joining */
     struct room *next_grown;
     bool grown;                   /* is in rooms.grown */
-    uint8_t key_len;
-    char key[];                   /* "rooms/" or "users/", and a name */
 };
 
 struct member {
@@ -2583,11 +2560,7 @@ static struct {
     void (*said)(slice key, slice text);   /* chapter 8's, or NULL: this was, in the room of this key */
 } rooms;
 
-static slice room_key(const void *item) {
-    const struct room *r = item;
-    return (slice){r->key, r->key_len};
-}
-
+static slice room_key(const void *item) { return history_key(((const struct room *)item)->past); }
 static slice room_name(const struct room *r) { return slice_cut(room_key(r), 6); }
 
 /* What this member was not sent yet. */
@@ -2734,9 +2707,7 @@ static struct room *room_open(slice space, slice name) {
     memcpy(text + space.len, name.p, name.len);
     struct room *r = table_find(&rooms.by_name, key);
     if (r != NULL || rooms.by_name.n >= opt.max_rooms) return r;
-    r = xcalloc(sizeof *r + key.len);
-    r->key_len = (uint8_t)key.len;
-    memcpy(r->key, key.p, key.len);
+    r = xcalloc(sizeof *r);
     r->past = history_open(key);
     table_add(&rooms.by_name, r);
     room_touch(r);
