@@ -384,8 +384,6 @@ static bool utf8_valid(slice s) {
  * a million "[" cost what 33 of them cost: the limit is reached.
  *
  * Strings are decoded when somebody wants their text, into a buffer of the caller.
- * PHP clients know no types: json_text() turns numbers, true and null into text as
- * PHP would.
  *
  * Owns: nothing. Calls: 1 Bytes. Called by: 6 History, 8 Push, 9 Chat.
  * Promises: never reads outside the text, never recurses.
@@ -683,7 +681,7 @@ struct table {
     size_t cap, n;                    /* cap is 0 or a power of two */
 };
 
-/* Those who know what the lower half is could fill one place of a table. */
+/* Nobody may learn the lower half, which chooses the slot. */
 static uint64_t table_hash(slice key) {
     unsigned char text[sizeof tables.secret + TABLE_KEY_MAX], hash[SHA256_DIGEST_LENGTH];
     uint64_t n;
@@ -705,9 +703,7 @@ static size_t table_slot(const struct table *t, slice key) {
 }
 
 /* The item of this key, or NULL. */
-static void *table_find(const struct table *t, slice key) {
-    return t->cap > 0 ? t->slot[table_slot(t, key)] : NULL;
-}
+static void *table_find(const struct table *t, slice key) { return t->cap > 0 ? t->slot[table_slot(t, key)] : NULL; }
 
 static void table_resize(struct table *t, size_t cap) {
     struct table next = {t->key, xcalloc(cap * sizeof(void *)), cap, t->n};
@@ -1500,10 +1496,9 @@ static void loop_run(void) {
  * first have opcode 0. Control frames (opcode 8 and up) may stand between them; they
  * are never fragmented and carry at most 125 bytes.
  *
- * Payload is unmasked where it lies, and checked as UTF-8 as it comes. A text that
- * arrived in one piece is handed on in the read buffer; only pieces are collected.
- * Parsing is strict: what HTTP once allowed and nobody sends (folded headers, bare line
- * feeds) is how requests are smuggled past proxies.
+ * Payload is unmasked where it lies, and checked as UTF-8 as it comes; only what comes
+ * in pieces is copied. Parsing is strict: what HTTP once allowed and nobody sends
+ * (folded headers, bare line feeds) is how requests are smuggled past proxies.
  *
  * Owns: the count of connections, in all and by address; the trusted proxies.
  * Calls: 1 Bytes, 3 Tables, 4 The loop. Called by: 7 Rooms, 9 Chat, 12 Page, 13 Main.
@@ -1531,10 +1526,10 @@ struct ws {
     uint64_t left;           /* payload of the current frame still to come */
     uint8_t mask[4], phase;  /* of that frame, and which byte of it comes next */
     struct utf8 utf8;
-    uint16_t fragments;      /* of the current message */
+    uint16_t fragments;      /* of the current message; 0: there is none */
     uint16_t close_code;     /* to close with; 0: nobody said */
     uint8_t opcode;
-    bool fin, in_frame, in_text, peer_closed;
+    bool fin, in_frame, peer_closed;
 };
 
 enum { WS_CONTINUATION, WS_TEXT, WS_BINARY, WS_CLOSE = 8, WS_PING, WS_PONG };
@@ -1599,13 +1594,12 @@ static const char *http_trust(const char *text) {
 }
 
 static bool http_trusts(const struct addr *a) {
-    bool trusted = a->local;
-    for (const struct cidr *p = http.proxies; p < http.proxies + http.n_proxies && !trusted; p++) {
+    for (const struct cidr *p = http.proxies; p < http.proxies + http.n_proxies; p++) {
         int64_t bit = 0;
         while (bit < p->bits && ((p->base.ip[bit / 8] ^ a->ip[bit / 8]) << bit % 8 & 0x80) == 0) bit++;
-        trusted = bit == p->bits;
+        if (bit == p->bits) return true;
     }
-    return trusted;
+    return a->local;
 }
 
 /* ---- Request heads. ---- */
@@ -1903,7 +1897,7 @@ static int ws_head(struct conn *c, const char *p, size_t n) {
     if ((p[1] & 0x80) == 0) return ws_close(c, WS_PROTOCOL_ERROR, "frame without a mask");
     if (control && (!fin || more > 0)) return ws_close(c, WS_PROTOCOL_ERROR, "long or fragmented control");
     if (ws->opcode == WS_BINARY) return ws_close(c, WS_NOT_TEXT, "binary is not taken here");
-    if (!control && (ws->opcode == WS_CONTINUATION) != ws->in_text)
+    if (!control && (ws->opcode == WS_CONTINUATION) != (ws->fragments > 0))
         return ws_close(c, WS_PROTOCOL_ERROR, "fragment out of order");
     if (n < 2 + more) return 0;
     ws->left = ws_length(p);
@@ -1913,7 +1907,7 @@ static int ws_head(struct conn *c, const char *p, size_t n) {
         return ws_close(c, WS_TOO_BIG, "message over --max-message");
     if (n < 6 + more) return 0;
     if (!control && ++ws->fragments > FRAGMENTS_MAX) return ws_close(c, WS_POLICY, "too many fragments");
-    if (!control) ws->fin = fin, ws->in_frame = ws->in_text = true;
+    if (!control) ws->fin = fin, ws->in_frame = true;
     memcpy(ws->mask, p + 2 + more, 4);
     ws->phase = 0;
     return (int)(6 + more);
@@ -1930,7 +1924,6 @@ static int ws_payload(struct conn *c, slice part) {
     if (!complete) return 0;
     c->proto->message(c, ws->text.len > 0 ? buf_slice(&ws->text) : part);
     buf_free(&ws->text);
-    ws->in_text = false;
     ws->fragments = 0;
     return 0;
 }
@@ -1953,28 +1946,26 @@ static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
  * 6. History
  * ==========================================================================
  *
- * Who was away wants to read what was said, and what anybody has seen must not be
- * forgotten, not even by a server that is killed. So each room has a log of lines, one
- * JSON object each, just as they were sent; a position in it counts all bytes ever said:
+ * What anybody has seen must not be forgotten, not even by a server that is killed. So
+ * each room has a log of lines, one JSON object each, just as they were sent; a position
+ * in it counts all bytes ever said:
  *
  *     DIR/rooms/lobby/0000000000000000.log    {"type":"say", ... "id":"9f0c33a1-00000000000000b4"}
  *                                             {"type":"say", ... "id":"9f0c33a1-0000000000000173"}
  *                     0000000000100043.log    {"type":"say", ... "id":"9f0c33a1-0000000000100102"}
  *
  * A file is named by the position of its first byte. The id of a message is the epoch,
- * a number that is another one whenever the log was opened, and the position just BEHIND
- * its line. So to find everything since an id is to read from there on, if the line in
- * front has that id; and a line says itself where it belongs: one that does not is
- * damaged, and skipped. Nothing else is stored. (Epochs matter when the end of a log was
- * lost, with the power say: other lines come to stand where clients saw the lost ones.)
+ * a number that is another one whenever the log was opened (the end of a log may get
+ * lost, and other lines come to stand there), and the position just BEHIND its line. So
+ * to find everything since an id is to read from there on, if the line in front has that
+ * id; and a line says itself where it belongs: one that does not is damaged, and skipped.
  *
  * What was said in a round is written by one pwrite() at its end, before anybody is
  * sent it. If that fails, nothing was said, and the file is cut back. A crash can leave
  * one torn line at the end: it is cut off when the log is opened again.
  *
  * A file is open only while it is read or written, so a thousand rooms need no
- * descriptors, and one that somebody has deleted is noticed. Without --data the newest
- * lines of each room are kept in memory, in the same form.
+ * descriptors. Without --data the newest lines are kept in memory, in the same form.
  *
  * Owns: the files in --data, the logs. Calls: 1 Bytes, 2 JSON, 3 Tables.
  * Called by: 7 Rooms, 8 Push, 9 Chat, 13 Main.
@@ -2008,17 +1999,16 @@ static struct {
     } idle[IDLE_LOGS];                 /* without --data: not in use since closing number... */
     uint64_t closings;
     uint64_t forgotten;                /* without --data: new logs begin behind all that are gone */
-    const struct history *window_of;   /* the bytes read last: of this log... */
-    uint64_t window_at;                /* ...from this position on */
-    slice window;                      /* in `block`, or in the log's tail */
+    struct window {                    /* the bytes read last */
+        const struct history *of;
+        uint64_t at;                   /* their position */
+        slice bytes;                   /* in `block`, or in the log's tail */
+    } window;
     struct buf block;
     uint32_t seen;                     /* history_ours(): the epoch of that line */
 } histories;
 
-static slice history_key(const void *item) {
-    const struct history *h = item;
-    return (slice){h->key, h->key_len};
-}
+static slice history_key(const void *h) { return (slice){((struct history *)h)->key, ((struct history *)h)->key_len}; }
 
 static void history_id(uint32_t epoch, uint64_t position, char id[ID_BYTES + 1]) {
     snprintf(id, ID_BYTES + 1, "%08x-%016llx", (unsigned)epoch, (unsigned long long)position);
@@ -2117,9 +2107,7 @@ static bool history_load(const struct history *h, uint64_t from, uint64_t to) {
     ssize_t got = fd >= 0 ? pread(fd, p, n, (off_t)(from - start)) : -1;
     if (got >= 0) errno = ENOENT;
     history_close_file(fd);
-    histories.window_of = h;
-    histories.window_at = from;
-    histories.window = (slice){p, got == (ssize_t)n ? n : 0};
+    histories.window = (struct window){h, from, {p, got == (ssize_t)n ? n : 0}};
     return got == (ssize_t)n;
 }
 
@@ -2130,16 +2118,12 @@ static bool history_line(struct history *h, uint64_t at, bool back, slice *line)
     bool files = histories.dir_fd >= 0;
     size_t i = files ? history_file(h, back ? at - 1 : at) : 0;
     uint64_t low = files ? h->segment[i] : h->base, high = i + 1 < h->segments ? h->segment[i + 1] : h->end;
-    if (!files) {
-        histories.window_of = h;
-        histories.window_at = low;
-        histories.window = buf_slice(&h->tail);
-    }
+    if (!files) histories.window = (struct window){h, low, buf_slice(&h->tail)};
     for (size_t want = READ_BYTES;;) {
-        slice w = histories.window;
-        bool in = histories.window_of == h && at >= histories.window_at && at <= histories.window_at + w.len;
-        size_t split = in ? (size_t)(at - histories.window_at) : 0, n = 0;
-        w = !in ? S("") : back ? slice_take(w, split) : slice_cut(w, split);
+        struct window in = histories.window;
+        bool hit = in.of == h && at >= in.at && at <= in.at + in.bytes.len;
+        size_t split = hit ? (size_t)(at - in.at) : 0, n = 0;
+        slice w = !hit ? S("") : back ? slice_take(in.bytes, split) : slice_cut(in.bytes, split);
         while (n < w.len && (n == 0 || w.p[back ? w.len - 1 - n : n - 1] != '\n')) n++;
         bool whole = back ? n < w.len || at - n == low : at + n == high || (n > 0 && w.p[n - 1] == '\n');
         *line = (slice){back ? w.p + w.len - n : w.p, n};
@@ -2218,7 +2202,7 @@ static bool history_measure(struct history *h) {
         if (line.p[line.len - 1] == '\n') break;
     }
     if (h->end == end) return true;
-    histories.window_of = NULL;   /* it has bytes that go */
+    histories.window.of = NULL;   /* it has bytes that go */
     struct path path = history_file_path(h, start);
     log_warn("%s: %llu bytes of a torn last line cut off", path.text, (unsigned long long)(end - h->end));
     int fd = history_openat(path, O_WRONLY);
@@ -2289,7 +2273,7 @@ static struct history *history_open(slice key) {
 
 static void history_free(struct history *h) {
     if (histories.dir_fd < 0 && h->end > histories.forgotten) histories.forgotten = h->end;
-    if (histories.window_of == h) histories.window_of = NULL;
+    if (histories.window.of == h) histories.window.of = NULL;
     table_remove(&histories.logs, history_key(h));
     buf_free(&h->lines);
     buf_free(&h->tail);
@@ -2489,9 +2473,8 @@ static void history_init(const char *dir) {
  * 7. Rooms
  * ==========================================================================
  *
- * A message to a room of a hundred could be put into a hundred queues. That is a
- * hundred copies, and a long queue for every slow reader. Instead a room is a LOG of
- * encoded frames, and a member is a CURSOR in it:
+ * A message to a room of a hundred could be put into a hundred queues, long ones where
+ * readers are slow. Instead a room is a LOG of encoded frames, and a member is a CURSOR:
  *
  *        dropped      kept: at most --backlog bytes
  *     - - - - - - +-------+-------+---------+-------+-------+
@@ -2501,29 +2484,23 @@ static void history_init(const char *dir) {
  *                 Carl        Bob           Ann is on       Dora and 96 others
  *                                           her way         have everything
  *
- * To broadcast is to append one frame, once. After the handlers of a round have run,
- * each member gets one send() from its cursor to the end, however many messages came.
- * When all cursors are at the end, the log is empty again.
- *
- * A slow member costs its cursor and holds nobody back. When the log would grow past
- * --backlog its front is dropped, and who had not read that part is closed with 1013:
- * it comes back.
+ * To broadcast is to append one frame. At the end of a round each member gets one send()
+ * from its cursor to the end, however many messages came; when all have got there, the
+ * log is empty again. A slow member holds nobody back: when the log would grow past
+ * --backlog its front is dropped, and who had not read that is closed with 1013.
  *
  * Private frames (an answer, a ping) wait in the connection's own queue and go first.
  * But TCP may take half a frame, and nothing may come between its halves: then the
  * other half is moved to the private queue, and the cursor stands between frames again.
  *
- * What is to be remembered is a line of history first (chapter 6). At the end of the
- * round it is stored, and only then is it a frame in the log, which may be sent. If it
- * cannot be stored, its author is told, and nobody has seen it.
+ * What is to be remembered is a line of history first (chapter 6). Once it is stored, it
+ * is a frame in the log, which may be sent. If it cannot be stored, its author is told,
+ * and nobody has seen it. A member who was away begins in the past: it is sent the
+ * history up to the moment when it came, piece by piece as it reads, and then the log
+ * from that moment on: nothing is missed and nothing comes twice.
  *
- * A member who was away begins in the past: it is sent the history up to the moment
- * when it came, piece by piece as it reads, and then the log from that moment on. So
- * nothing is missed and nothing comes twice, whatever is said meanwhile.
- *
- * A client may be in several rooms, with one member, one cursor, for each. Private
- * messages to a user are a room too, in a name space of its own: the user's inbox, in
- * which all connections of the user are, and nobody else.
+ * A client may be in several rooms, with a member, and its cursor, for each. The inbox
+ * of a user is a room too, in which all connections of the user are, and nobody else.
  *
  * Owns: the rooms, their logs, who is in which.
  * Calls: 1 Bytes, 3 Tables, 4 The loop, 5 HTTP and WebSocket, 6 History.
