@@ -1546,7 +1546,7 @@ struct caller {   /* an address, and how many connections it has */
 };
 
 static struct {
-    uint32_t connections, refused, n_proxies;
+    uint32_t connections, refused, n_proxies;   /* refused: not counted, but not closed yet */
     int64_t logged_ms;   /* the last line about somebody who was refused */
     struct table callers;
     struct cidr {
@@ -1557,19 +1557,24 @@ static struct {
 
 static slice caller_key(const void *item) { return (slice){item, sizeof ((struct caller *)0)->net}; }
 
-/* Counts this connection, in all and for its address, or no longer. False: its address
- * has too many. One person has one IPv4 address but 2^64 of IPv6: there a whole /64 is
- * one caller. */
+/* Counts this connection, in all and for its address, or no longer. False: it is refused,
+ * its address has too many. One person has 2^64 addresses of IPv6: a /64 is one caller. */
 static bool http_count(struct conn *c, bool enter) {
     struct caller wanted = {.net[15] = c->peer.local}, *caller;
     uint32_t most = opt.max_per_address > 0 && !c->peer.local ? opt.max_per_address : UINT32_MAX;
+    http.refused -= c->refused ? 1 : 0;
+    c->refused = false;
     if (c->counted == enter) return true;
     memcpy(wanted.net, c->peer.ip, addr_is_v4(&c->peer) ? 16 : 8);
     if ((caller = table_find(&http.callers, caller_key(&wanted))) == NULL) {
         caller = memcpy(xcalloc(sizeof wanted), &wanted, sizeof wanted);
         table_add(&http.callers, caller);
     }
-    if (enter && caller->n >= most) return false;
+    if (enter && caller->n >= most) {
+        http.refused++;
+        c->refused = true;
+        return false;
+    }
     c->counted = enter;
     http.connections = enter ? http.connections + 1 : http.connections - 1;
     caller->n = enter ? caller->n + 1 : caller->n - 1;
@@ -1745,27 +1750,18 @@ static int ws_upgrade(struct conn *c, const struct request *q) {
     return 0;
 }
 
-static void http_enter(struct conn *c) {
-    c->refused = !http_count(c, true);
-    http.refused += c->refused ? 1 : 0;
-}
-
 /* `freed` of HTTP, and of what it was upgraded to: until then it holds a descriptor. */
-static void http_freed(struct conn *c) {
-    http_count(c, false);
-    http.refused -= c->refused ? 1 : 0;
-    c->refused = false;
-}
+static void http_freed(struct conn *c) { http_count(c, false); }
 
 static int http_answer(struct conn *c, const struct request *q) {
     const struct site *site = c->state;
     if (c->proxy) {   /* each request may come from somebody else */
         struct sockaddr_storage proxy = {.ss_family = AF_UNIX};
         socklen_t len = sizeof proxy;
-        http_freed(c);
+        http_count(c, false);
         if (getpeername(c->fd, (struct sockaddr *)&proxy, &len) == 0) c->peer = addr_of(&proxy);
         http_client(q->header[FORWARDED], &c->peer);
-        http_enter(c);
+        http_count(c, true);
     }
     if (c->refused || http.connections > opt.max_clients) {
         c->eof = true;   /* do not wait for the peer: it has nothing more to say */
@@ -1808,7 +1804,7 @@ static void http_accepted(struct conn *l, struct conn *c) {
     c->proto = &http_proto;
     c->state = l->state;
     c->proxy = http_trusts(&c->peer);
-    if (!c->proxy) http_enter(c);
+    if (!c->proxy) http_count(c, true);
     /* Who is refused anyway must not hold a descriptor for long. */
     c->deadline_ms = now.ms + (c->refused ? TICK_MS : (int64_t)opt.timeout_s * 1000);
     if (c->refused && http.refused > REFUSED_MAX) conn_lost(c, "over --max-per-address");
@@ -2008,7 +2004,10 @@ static struct {
     uint32_t seen;                     /* history_ours(): the epoch of that line */
 } histories;
 
-static slice history_key(const void *h) { return (slice){((struct history *)h)->key, ((struct history *)h)->key_len}; }
+static slice history_key(const void *item) {
+    const struct history *h = item;
+    return (slice){h->key, h->key_len};
+}
 
 static void history_id(uint32_t epoch, uint64_t position, char id[ID_BYTES + 1]) {
     snprintf(id, ID_BYTES + 1, "%08x-%016llx", (unsigned)epoch, (unsigned long long)position);
@@ -2181,8 +2180,8 @@ static bool history_find(struct history *h) {
     return errno = error, error == 0;
 }
 
-/* Finds where the log begins and ends: from the last gap to the last line end. False,
- * with errno, if that is not possible now. */
+/* Finds where the log begins and ends: at the last gap, and the last line end. False, with
+ * errno, if that is not possible now. */
 static bool history_measure(struct history *h) {
     struct stat st;
     slice line;
@@ -2211,8 +2210,7 @@ static bool history_measure(struct history *h) {
     return true;
 }
 
-/* Goes over messages up to a position, forth or back, until there is a good one. It
- * lasts as history_line() says. */
+/* Goes over lines up to a position, forth or back, to a message; see history_line(). */
 static bool history_step(struct history *h, uint64_t *at, uint64_t upto, bool back, slice *line) {
     while (*at >= h->base && (back ? *at > upto : *at < upto) && history_line(h, *at, back, line)) {
         uint64_t end = back ? *at : *at + line->len;
@@ -2298,7 +2296,7 @@ static void history_close(struct history *h) {
 /* ---- Writing. ---- */
 
 /* Queues a line for this round's write. The text must not hold a line end; its id is
- * written into it at `id`, where there are ID_BYTES. */
+ * written at `id`, where there are ID_BYTES. */
 static void history_add(struct history *h, slice text, char *id) {
     char again[ID_BYTES + 1];
     history_id(h->epoch, h->end + h->lines.len + text.len + 1, again);
@@ -2330,8 +2328,7 @@ static int history_create(struct history *h) {
     return fd;
 }
 
-/* Opens the file that is to be appended to, and makes sure it ends where it should.
- * Returns it, or -1. */
+/* Opens the file that is to be appended to, with its end where it should be; or -1. */
 static int history_open_last(struct history *h) {
     uint64_t start = h->segments > 0 ? h->segment[h->segments - 1] : h->end;
     off_t size = (off_t)(h->end - start);
@@ -2375,12 +2372,10 @@ static bool history_commit(struct history *h) {
     h->newest = h->end += h->lines.len;
     h->newest_epoch = h->epoch;
     if (histories.dir_fd < 0) buf_add(&h->tail, buf_slice(&h->lines));
-    while (h->tail.len > MEMORY_BYTES) {
-        slice tail = buf_slice(&h->tail), line = slice_split(&tail, '\n');
-        if (tail.len == 0) break;   /* the newest is kept whatever its length */
-        buf_drop(&h->tail, line.len + 1);
-        h->base += line.len + 1;
-    }
+    slice kept = buf_slice(&h->tail);   /* the newest line in any case */
+    for (slice rest = kept; kept.len > MEMORY_BYTES && rest.len > 0; slice_split(&rest, '\n')) kept = rest;
+    if (histories.dir_fd < 0) h->base = h->end - kept.len;
+    buf_drop(&h->tail, h->tail.len - kept.len);
     if (h->tail.cap > 4 * MEMORY_BYTES && h->tail.len <= MEMORY_BYTES) {   /* a long line was in it */
         struct buf fresh = {0};
         buf_add(&fresh, buf_slice(&h->tail));
@@ -2396,8 +2391,7 @@ static bool history_commit(struct history *h) {
 
 static void history_forget(struct history *h) { buf_free(&h->lines); }
 
-/* The position in an id, or -1 if it is not that of a message here, or of one that stood
- * just in front of what is kept. */
+/* The position in an id of a message here, or of one just in front of what is kept; or -1. */
 static int64_t history_position(struct history *h, slice id) {
     char again[ID_BYTES + 1];
     slice line;
@@ -2691,8 +2685,8 @@ static struct room *room_open(slice space, slice name) {
     return r;
 }
 
-/* Puts a client into a room: it hears what is said from now on. Returns its place
- * there, which lasts until room_leave(), or NULL if it is in too many rooms. */
+/* Puts a client into a room: it hears what is said from now on. Returns its place there,
+ * which lasts until room_leave(), or NULL if it is in too many rooms. */
 static struct member *room_join(struct room *r, struct conn *c) {
     size_t n = 0;
     struct member **at = &c->joined;
@@ -2706,8 +2700,7 @@ static struct member *room_join(struct room *r, struct conn *c) {
     return m;
 }
 
-/* Has a member sent the history from this position on, before all else; or, if there is
- * none, no longer. */
+/* Has a member sent the history from a position on, before all else; or not any longer. */
 static void member_replay(struct member *m, uint64_t at, bool any) {
     if (any) m->replay = xrealloc(m->replay, sizeof *m->replay);
     else free(m->replay), m->replay = NULL;
