@@ -232,9 +232,8 @@ static void clock_read(void) {
     now.wall = wall;
 }
 
-/* One event, one line on stderr. Control characters would let a peer write lines of
- * its own, and bytes above 0x7e mean different things to different terminals: both
- * are shown as \xHH. errno stays as it was. */
+/* One event, one line on stderr. Control characters would let a peer write lines of its
+ * own, and bytes above 0x7e differ between terminals: both are \xHH. errno stays. */
 PRINTF(2, 3) static void log_line(const char *level, const char *format, ...) {
     char raw[LOG_LINE_MAX], line[4 * LOG_LINE_MAX + 64];
     int saved = errno, at = snprintf(line, sizeof line, "%s %-5s ", now.text, level);
@@ -275,8 +274,7 @@ static void buf_free(struct buf *b) {
     *b = (struct buf){0};
 }
 
-/* Makes room for n more bytes and returns where they go; the caller writes them and
- * adds to `len`. */
+/* Makes room for n more bytes. Returns where the caller writes them; it adds to `len`. */
 static char *buf_room(struct buf *b, size_t n) {
     size_t need = b->len + n, cap = need < 2 * (size_t)b->cap ? 2 * (size_t)b->cap : (need + 63) / 64 * 64;
     if (need > INT32_MAX) die("a buffer of %zu bytes is beyond every limit", need);
@@ -517,11 +515,10 @@ static const char *json_pick(slice text, struct json_field *fields, size_t n, si
     uint64_t objects = 0;   /* bit 0: is the innermost open bracket an object? */
     int depth = 0;
     slice name = S(""), start = S("");   /* the member of the outer object that we are in */
-    json_space(&j);
-    if (!json_at(&j, "{")) json_fail(&j, "an object was expected");
     do {
         slice key = (objects & 1) != 0 ? json_key(&j) : S("");
         json_space(&j);
+        if (depth == 0 && !json_at(&j, "{")) json_fail(&j, "an object was expected");
         if (depth == 1) name = key, start = j.rest;
         bool object = json_take(&j, "{");
         if (object || json_take(&j, "[")) {
@@ -654,16 +651,15 @@ static void html_text(struct buf *b, slice s) {
  * an item stands in the slot its hash names or, if that is taken, in the next free one
  * behind it (slot 0 follows the last).
  *
- * Deletion is the part that everybody gets wrong. Emptying a slot would cut off the
- * items that were pushed behind it; a "was here" mark would fill the table with marks.
- * So the hole is filled from behind, as long as something there may move:
+ * Emptying a slot would cut off the items that were pushed behind it. So the hole is
+ * filled from behind, as long as something there may move:
  *
  *     slot    1   2   3   4   5          a, b, d hash to 1; c to 4
  *           | a | b | d | c |   |        remove a: b may move to 1, then d to 2;
  *           | b | d |   | c |   |        c is at home, and 5 is empty: done
  *
  * Names come from strangers, who could choose a thousand that hash alike: the hash is
- * keyed with random bytes. A cryptographic one is not fast, but looking up is rare.
+ * a cryptographic one, keyed with random bytes. It is not fast, but looking up is rare.
  *
  * Owns: the key of the hash. Calls: 1 Bytes.
  * Called by: 5 HTTP and WebSocket, 6 History, 7 Rooms, 8 Push, 9 Chat.
@@ -1692,7 +1688,7 @@ static ssize_t http_head_end(struct conn *c, const char *p, size_t n) {
     struct request q;
     if (!http_is_token((slice){p, 1})) return -1;   /* a TLS hello, for example */
     for (size_t i = c->searched; i < n; i++) {
-        if (p[i] == '\0' || (p[i] == '\n' && (i == 0 || p[i - 1] != '\r'))) return -1;
+        if (p[i] == '\0' || (p[i] == '\n' && p[i - 1] != '\r')) return -1;   /* at 0 is a letter */
         if (p[i] == '\n' && i >= 3 && p[i - 2] == '\n') return (ssize_t)i + 1;
         if (p[i] == '\n' && memchr(p, '\n', i) == NULL && !http_start((slice){p, i - 1}, &q)) return -1;
     }
@@ -1714,8 +1710,7 @@ static void http_reply(struct conn *c, const struct request *q, const char *stat
 
 #define PLAIN "Content-Type: text/plain\r\n"
 
-/* Answers what is no request, or gets no further, and ends the connection: returns -1.
- * There is a line in the log, but not for each of many. */
+/* Answers what gets no further, and ends the connection: -1. Of many, some are logged. */
 static int http_refuse(struct conn *c, const char *status, slice extra, const char *why) {
     if (now.ms - http.logged_ms >= TICK_MS) {
         http.logged_ms = now.ms;
@@ -1837,16 +1832,14 @@ static uint64_t ws_length(const char *p) {
 /* The whole size of a frame that ws_append() wrote. */
 static size_t ws_frame_size(const char *p) { return 2 + ws_more(p) + (size_t)ws_length(p); }
 
-/* Ends a WebSocket connection with a close frame; `why` is a literal, for the log and
- * for the peer. Returns -1. */
+/* Ends a connection with a close frame: -1. `why` is a literal, for the log and the peer. */
 static int ws_close(struct conn *c, uint16_t code, const char *why) {
     if (!c->closing) ((struct ws *)c->state)->close_code = code;
     conn_close(c, why);
     return -1;
 }
 
-/* The last thing in `closed` of a WebSocket protocol: says goodbye, if anybody is left
- * to hear it, and frees what frames needed. */
+/* The last thing in `closed` of a WebSocket protocol: goodbye, to whom is left to hear it. */
 static void ws_end(struct conn *c) {
     struct ws *ws = c->state;
     uint16_t code = ws->close_code != 0 ? ws->close_code : WS_GOING_AWAY;
@@ -2031,9 +2024,8 @@ struct path {
     char text[480];
 };
 
-/* The path of the room's directory, or of a file in it. Letters, digits, '-' and '_'
- * stand for themselves, all else is %XX, so that no name leads out. One too long for
- * a file system is replaced by its hash. */
+/* The path of the room's directory, or of a file in it. All but letters, digits, '-' and
+ * '_' is %XX, so that no name leads out. One too long for a file system is its hash. */
 static struct path history_path(const struct history *h, const char *file) {
     unsigned char hash[SHA256_DIGEST_LENGTH];
     struct path path;
@@ -2648,9 +2640,8 @@ static void room_say(struct room *r, slice text, char *id) {
     room_touch(r);
 }
 
-/* Puts what is unread into the client's own queue. Who is still being sent the past
- * will find it there: what else it was has no meaning for one who comes again or goes.
- * Who is closing gets nothing, since there may be a gap in front of it. */
+/* Puts what is unread into the client's own queue. Who is still being sent the past will
+ * find it there; who is closing gets nothing, since there may be a gap in front of it. */
 static void member_settle(struct member *m) {
     if (m->replay != NULL) m->replay->upto = m->room->past->end;
     else if (!m->c->closing) buf_add(&m->c->out, member_unread(m));
@@ -2658,8 +2649,7 @@ static void member_settle(struct member *m) {
     conn_touch(m->c);
 }
 
-/* Says a text that only matters now: one frame, appended once. `except`, if not NULL,
- * is a member who does not get it. */
+/* Says a text that only matters now. `except`, if not NULL, is a member who is not sent it. */
 static void room_publish(struct room *r, slice text, struct member *except) {
     room_commit(r);
     if (except != NULL) member_settle(except);
