@@ -1519,13 +1519,13 @@ struct site {   /* what a listener serves: its `state`, and that of its HTTP con
 
 struct ws {
     struct buf text;         /* the fragments of a message so far */
-    uint64_t left;           /* payload of the current frame still to come */
+    uint64_t left;           /* payload of the current frame still to come; 0: a head comes */
     uint8_t mask[4], phase;  /* of that frame, and which byte of it comes next */
     struct utf8 utf8;
     uint16_t fragments;      /* of the current message; 0: there is none */
     uint16_t close_code;     /* to close with; 0: nobody said */
     uint8_t opcode;
-    bool fin, in_frame, peer_closed;
+    bool fin, peer_closed;
 };
 
 enum { WS_CONTINUATION, WS_TEXT, WS_BINARY, WS_CLOSE = 8, WS_PING, WS_PONG };
@@ -1881,22 +1881,23 @@ static int ws_head(struct conn *c, const char *p, size_t n) {
     if ((p[0] & 0x70) != 0 || (p[0] & 7) > 2) return ws_close(c, WS_PROTOCOL_ERROR, "reserved bit or opcode");
     if (n < 2) return 0;
     size_t more = ws_more(p);
-    bool control = (p[0] & 8) != 0, fin = (p[0] & 0x80) != 0;
+    bool control = (p[0] & 8) != 0;
     ws->opcode = p[0] & 15;
+    ws->fin = (p[0] & 0x80) != 0;
     if ((p[1] & 0x80) == 0) return ws_close(c, WS_PROTOCOL_ERROR, "frame without a mask");
-    if (control && (!fin || more > 0)) return ws_close(c, WS_PROTOCOL_ERROR, "long or fragmented control");
+    if (control && (!ws->fin || more > 0)) return ws_close(c, WS_PROTOCOL_ERROR, "long or fragmented control");
     if (ws->opcode == WS_BINARY) return ws_close(c, WS_NOT_TEXT, "binary is not taken here");
     if (!control && (ws->opcode == WS_CONTINUATION) != (ws->fragments > 0))
         return ws_close(c, WS_PROTOCOL_ERROR, "fragment out of order");
     if (n < 2 + more) return 0;
-    ws->left = ws_length(p);
-    if ((more == 2 && ws->left < 126) || (more == 8 && (ws->left < 65536 || ws->left >> 63 != 0)))
+    uint64_t len = ws_length(p);
+    if ((more == 2 && len < 126) || (more == 8 && (len < 65536 || len >> 63 != 0)))
         return ws_close(c, WS_PROTOCOL_ERROR, "length not in its shortest form");
-    if (!control && (ws->left > opt.max_message || ws->left + ws->text.len > opt.max_message))
+    if (!control && (len > opt.max_message || len + ws->text.len > opt.max_message))
         return ws_close(c, WS_TOO_BIG, "message over --max-message");
-    if (n < 6 + more) return 0;
+    if (n < 6 + more + (control ? len : 0)) return 0;   /* a control frame: wait for all of it */
     if (!control && ++ws->fragments > FRAGMENTS_MAX) return ws_close(c, WS_POLICY, "too many fragments");
-    if (!control) ws->fin = fin, ws->in_frame = true;
+    ws->left = len;
     memcpy(ws->mask, p + 2 + more, 4);
     ws->phase = 0;
     return (int)(6 + more);
@@ -1905,8 +1906,7 @@ static int ws_head(struct conn *c, const char *p, size_t n) {
 /* Payload of a text, unmasked. A whole message in one piece is handed on where it is. */
 static int ws_payload(struct conn *c, slice part) {
     struct ws *ws = c->state;
-    ws->in_frame = ws->left > 0;
-    bool complete = !ws->in_frame && ws->fin;
+    bool complete = ws->left == 0 && ws->fin;
     if (!utf8_feed(&ws->utf8, part) || (complete && ws->utf8.missing > 0))
         return ws_close(c, WS_BAD_UTF8, "text is not UTF-8");
     if (!complete || ws->text.len > 0) buf_add(&ws->text, part);
@@ -1920,14 +1920,13 @@ static int ws_payload(struct conn *c, slice part) {
 /* The `feed` of every WebSocket protocol. */
 static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
     struct ws *ws = c->state;
-    int head = ws->in_frame ? 0 : ws_head(c, p, n);
-    if (head < 0 || (head == 0 && !ws->in_frame)) return head;
+    int head = ws->left > 0 ? 0 : ws_head(c, p, n);
+    if (head < 0 || (head == 0 && ws->left == 0)) return head;
     p += head, n -= (size_t)head;
     size_t take = n < ws->left ? n : (size_t)ws->left;
-    if (!ws->in_frame && take < ws->left) return 0;   /* a control frame: wait for all of it */
     for (size_t i = 0; i < take; i++) p[i] = (char)(p[i] ^ (char)ws->mask[ws->phase++ & 3]);
     ws->left -= take;
-    int result = ws->in_frame ? ws_payload(c, (slice){p, take}) : ws_control(c, (slice){p, take});
+    int result = ws->opcode < WS_CLOSE ? ws_payload(c, (slice){p, take}) : ws_control(c, (slice){p, take});
     return result < 0 ? -1 : head + (ssize_t)take;
 }
 
