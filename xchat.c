@@ -566,11 +566,10 @@ static bool json_text(slice raw, struct buf *b) {
     char c = raw.p != NULL ? *raw.p : 'n';
     slice rest = c == '"' ? json_inside(raw) : c == 't' ? S("1") : S("");
     while (rest.len > 0) {
-        const char *escape = memchr(rest.p, '\\', rest.len);
-        size_t plain = escape != NULL ? (size_t)(escape - rest.p) : rest.len;
-        buf_add(b, slice_take(rest, plain));
-        rest = slice_cut(rest, plain);
-        if (escape != NULL) b->len += (uint32_t)json_char(&rest, buf_room(b, 4));
+        slice tail = rest, plain = slice_split(&tail, '\\');
+        buf_add(b, plain);
+        rest = slice_cut(rest, plain.len);
+        if (rest.len > 0) b->len += (uint32_t)json_char(&rest, buf_room(b, 4));
     }
     return c == '-' || (c >= '0' && c <= '9') ? json_number_text(raw, b) : c != '{' && c != '[';
 }
@@ -2576,26 +2575,21 @@ static void room_flush(struct room *r) {
     room_trim(r);
 }
 
-/* Makes room for `need` bytes in the log. If a lot has come in this round everybody is
- * sent it now, so that only the slow can be far behind; and if it is still too much,
- * the front goes, with those who have not read it. */
-static void room_make_room(struct room *r, size_t need) {
-    size_t keep = need > opt.backlog ? 0 : opt.backlog - need;
+/* Puts a text into the log. If a lot has come in this round everybody is sent it now, so
+ * that only the slow can be far behind; and if it is still too much, the front goes,
+ * with those who have not read it. */
+static void room_append(struct room *r, slice text) {
+    size_t need = text.len + 10, keep = need > opt.backlog ? 0 : opt.backlog - need;
     if (r->end - r->flushed + need > opt.backlog / 4) room_flush(r);
-    if (r->log.len <= keep) return;
-    for (struct member *m = r->first; m != NULL; m = m->next) {
-        if (m->cursor >= r->end - keep) continue;
+    for (struct member *m = r->log.len > keep ? r->first : NULL; m != NULL; m = m->next) {
+        if (r->end - m->cursor <= keep) continue;
         m->cursor = r->end;
         ws_close(m->c, WS_TRY_AGAIN, "more than --backlog behind in a room");
     }
-    room_trim(r);
-}
-
-static void room_append(struct room *r, slice text) {
-    room_make_room(r, text.len + 10);
-    size_t before = r->log.len;
+    if (r->log.len > keep) room_trim(r);
+    r->end -= r->log.len;
     ws_append(&r->log, WS_TEXT, text);
-    r->end += r->log.len - before;
+    r->end += r->log.len;
     room_touch(r);
 }
 
