@@ -2721,9 +2721,9 @@ static void room_leave(struct member *m) {
  *                      |
  *                      | what is said within a second or two is one push
  *                      v
- *     later (a list) --> ready (a queue) --> sent, at a gateway --> answered: gone
- *        ^                                        |
- *        '---------- to be tried again -----------'
+ *     queue --- when it is due --> sent, at a gateway --- answered --> gone
+ *       ^                               |
+ *       '------- to be tried again -----'
  *
  * A gateway speaks one of two protocols over TLS. Apple's of today is HTTP/2 (RFC
  * 9113), of which we need little: a connection of streams, one for each push, all in
@@ -2804,12 +2804,12 @@ struct subscription {
 };
 
 struct push {
-    struct push *next;
-    struct subscription *owner;       /* whose `waiting` it is, or NULL */
-    const void *audience;             /* of which room; only to be compared */
-    struct buf payload;               /* empty: not written yet, or taken back if there is no owner */
+    struct push *prev, *next;         /* in the queue, or in those that a gateway was sent */
+    const void *audience;             /* of which room; only to be compared. NULL: of --push-test */
+    struct buf payload;               /* empty: not written yet */
     struct buf reply;                 /* the body of the answer */
-    int64_t due_ms, sent_ms, expires, registered_ms;   /* two times of each clock */
+    int64_t due_ms;                   /* when to send it; then, when it was sent */
+    int64_t expires, registered_ms;   /* on the wall clock */
     int64_t window;                   /* HTTP/2: bytes that its stream may still carry */
     uint32_t id, unsent, tries;       /* of its stream, or identifier; bytes of the payload */
     int status;                       /* answered so far */
@@ -2844,7 +2844,7 @@ enum count { SENT, ACCEPTED, RETRIED, UNKNOWN, EXPIRED, OVERFLOWED, REFUSED, GON
 
 static struct {
     struct table devices, audiences;
-    struct list later, ready;
+    struct list queue;                /* by the time when they are due */
     struct dial dial, feedback;
     char host[256], port[8], next_port[8];   /* of --apns; that of the feedback service */
     struct conn *gate;                /* the gateway that new ones are sent to, or NULL */
@@ -2887,13 +2887,29 @@ static int64_t wall_ms(void) {
     return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-/* ---- Lists of pushes. ---- */
+/* The place of a phone in this audience, or NULL. */
+static struct subscription *device_in(const struct device *d, const void *audience) {
+    struct subscription *s = d->first;
+    while (s != NULL && s->audience != audience) s = s->also;
+    return s;
+}
 
-static void list_add(struct list *l, struct push *p) {
-    p->next = NULL;
-    *(l->last != NULL ? &l->last->next : &l->first) = p;
-    l->last = p;
+/* ---- Pushes, one by one: in the queue, in the order in which they are to be sent, and in
+ * the lists of what was sent. ---- */
+
+static void list_add(struct list *l, struct push *before, struct push *p) {
+    p->prev = before;
+    p->next = before != NULL ? before->next : l->first;
+    *(p->prev != NULL ? &p->prev->next : &l->first) = p;
+    *(p->next != NULL ? &p->next->prev : &l->last) = p;
     l->n++;
+}
+
+static struct push *list_remove(struct list *l, struct push *p) {
+    *(p->prev != NULL ? &p->prev->next : &l->first) = p->next;
+    *(p->next != NULL ? &p->next->prev : &l->last) = p->prev;
+    l->n--;
+    return p;
 }
 
 /* The push of this id, or NULL. They are answered in about the order of the list. */
@@ -2901,31 +2917,6 @@ static struct push *list_find(const struct list *l, uint32_t id) {
     struct push *p = l->first;
     while (p != NULL && p->id != id) p = p->next;
     return p;
-}
-
-static void list_remove(struct list *l, struct push *gone) {
-    struct push *before = NULL, *p = l->first;
-    for (; p != gone; p = p->next) before = p;
-    *(before != NULL ? &before->next : &l->first) = gone->next;
-    if (l->last == gone) l->last = before;
-    gone->next = NULL;
-    l->n--;
-}
-
-/* The first, or NULL. */
-static struct push *list_take(struct list *l) {
-    struct push *p = l->first;
-    if (p != NULL) list_remove(l, p);
-    return p;
-}
-
-/* Puts all of one list before all of another. */
-static void list_join(struct list *front, struct list *l) {
-    struct list both = {front->first != NULL ? front->first : l->first, l->last != NULL ? l->last : front->last,
-                        front->n + l->n};
-    if (front->last != NULL) front->last->next = l->first;
-    *l = both;
-    *front = (struct list){0};
 }
 
 static struct push *push_new(slice token) {
@@ -2944,7 +2935,6 @@ static struct push *push_new(slice token) {
 static slice push_token(const struct push *p) { return (slice){p->token, p->token_len}; }
 
 static void push_free(struct push *p) {
-    if (p->owner != NULL) p->owner->waiting = NULL;
     buf_free(&p->payload);
     buf_free(&p->reply);
     free(p);
@@ -2953,6 +2943,27 @@ static void push_free(struct push *p) {
 static void push_drop(struct push *p, enum count why) {
     push.count[why]++;
     push_free(p);
+}
+
+/* The subscription that a push is for, if there still is one, or NULL. */
+static struct subscription *push_place(const struct push *p) {
+    const struct device *d = table_find(&push.devices, push_token(p));
+    return d != NULL ? device_in(d, p->audience) : NULL;
+}
+
+/* Queues a push, of this subscription or NULL: 0 is before all others. */
+static void queue_add(struct push *p, struct subscription *s, int64_t due_ms) {
+    struct push *before = due_ms > 0 ? push.queue.last : NULL;
+    while (before != NULL && before->due_ms > due_ms) before = before->prev;
+    p->due_ms = due_ms;
+    list_add(&push.queue, before, p);
+    if (s != NULL) s->waiting = p;
+}
+
+static struct push *queue_take(struct push *p) {
+    struct subscription *s = push_place(p);
+    if (s != NULL) s->waiting = NULL;
+    return list_remove(&push.queue, p);
 }
 
 /* ---- Devices. Each change is a line added to a file, which is written anew when most of
@@ -3018,9 +3029,9 @@ static void devices_compact(bool end) {
 
 static void subscription_free(struct subscription *s) {
     struct subscription **at = &s->audience->first;
+    if (s->waiting != NULL) push_free(queue_take(s->waiting));
     while (*at != s) at = &(*at)->next;
     *at = s->next;
-    if (s->waiting != NULL) s->waiting->owner = NULL, buf_free(&s->waiting->payload);
     if (s->audience->first == NULL) {
         table_remove(&push.audiences, audience_key(s->audience));
         buf_free(&s->audience->title), buf_free(&s->audience->body), buf_free(&s->audience->uid);
@@ -3045,13 +3056,6 @@ static void push_forget(struct device *d) {
     }
     device_write(d, NULL, NULL);
     device_release(d);
-}
-
-/* The place of a phone in this audience, or NULL. */
-static struct subscription *device_in(const struct device *d, const void *audience) {
-    struct subscription *s = d->first;
-    while (s != NULL && s->audience != audience) s = s->also;
-    return s;
 }
 
 /* Subscribes a phone to the room of this key; one that has gone to another user leaves
@@ -3096,7 +3100,7 @@ static struct device *push_online(slice token, const char *uid, slice room) {
     struct device *d = opt.apns != NULL ? device_subscribe(token, uid, room, wall_ms()) : NULL;
     if (d == NULL) return NULL;
     for (struct subscription *s = d->first; s != NULL; s = s->also)
-        if (s->waiting != NULL) s->waiting->owner = NULL, buf_free(&s->waiting->payload), s->waiting = NULL;
+        if (s->waiting != NULL) push_free(queue_take(s->waiting));
     d->unread = 0;
     device_write(d, device_in(d, table_find(&push.audiences, room)), NULL);
     devices_store();
@@ -3109,16 +3113,14 @@ static void push_offline(struct device *d) {
     device_release(d);
 }
 
-/* Queues a push to a subscription, which waits for its payload. If there are too many the oldest goes. */
+/* Queues a push to a subscription, which waits for its payload. If there are too many the
+ * oldest goes. */
 static struct push *push_queue(struct subscription *s) {
-    struct push *p = s->waiting = push_new(device_key(s->device));
-    p->owner = s;
+    struct push *p = push_new(device_key(s->device));
     p->audience = s->audience;
-    p->due_ms = now.ms + PUSH_MERGE_MS;
     p->registered_ms = s->device->registered_ms;
-    bool full = push.later.n + push.ready.n >= PUSH_QUEUE;
-    if (full) push_drop(list_take(push.ready.n > 0 ? &push.ready : &push.later), OVERFLOWED);
-    list_add(&push.later, p);
+    if (push.queue.n >= PUSH_QUEUE) push_drop(queue_take(push.queue.first), OVERFLOWED);
+    queue_add(p, s, now.ms + PUSH_MERGE_MS);
     return p;
 }
 
@@ -3180,7 +3182,7 @@ static size_t push_limit(void) { return !push.binary ? PAYLOAD_MAX : opt.apns_fo
  * of the text as fits. */
 static void push_fill(struct push *p) {
     size_t limit = push_limit();
-    const struct subscription *s = p->owner;
+    const struct subscription *s = push_place(p);
     if (s == NULL || *s->audience->id == '\0' || strcmp(s->audience->id, p->collapse) == 0) return;
     memcpy(p->collapse, s->audience->id, sizeof p->collapse);
     slice body = buf_slice(&s->audience->body);
@@ -3312,35 +3314,31 @@ static int64_t push_jitter(int64_t ms) {
     return now.ms + ms * (192 + random / 2) / 256;   /* 75 to 125 % */
 }
 
-/* Gets a push ready to be sent once more. False: it is not wanted any more, and freed. */
-static bool push_again(struct push *p) {
-    struct device *d = table_find(&push.devices, push_token(p));
-    struct subscription *s = d != NULL ? device_in(d, p->audience) : NULL;
-    bool newer = s != NULL && (s->waiting != NULL || d->online > 0);
-    if (p->audience != NULL && (s == NULL || newer)) return push_free(p), false;
-    if (s != NULL) s->waiting = p, p->owner = s;
+/* Queues a push once more, unless it is not wanted any more. */
+static void push_again(struct push *p, int64_t due_ms) {
+    struct subscription *s = push_place(p);
+    bool newer = s != NULL && (s->waiting != NULL || s->device->online > 0);
+    if (newer || (s == NULL && p->audience != NULL)) {
+        push_free(p);
+        return;
+    }
     p->status = 0;
     buf_free(&p->reply);
     push.count[RETRIED]++;
-    return true;
+    queue_add(p, s, due_ms);
 }
 
 /* Tries a push again, later each time. */
 static void push_retry(struct push *p) {
     static const int delays[PUSH_TRIES] = {0, 2, 10, 60, 300, 900};
     if (++p->tries >= PUSH_TRIES) push_drop(p, REFUSED);
-    else if (push_again(p)) {
-        p->due_ms = push_jitter(PUSH_SECONDS(delays[p->tries]));
-        list_add(&push.later, p);
-    }
+    else push_again(p, push_jitter(PUSH_SECONDS(delays[p->tries])));
 }
 
-/* These were not even looked at: they are sent again, before all others. */
-static void push_rewind(struct list *l) {
-    struct list again = {0};
-    for (struct push *p; (p = list_take(l)) != NULL;)
-        if (push_again(p)) list_add(&again, p);
-    list_join(&again, &push.ready);
+/* Those behind this one, or all, were not even looked at: they are sent again, before all
+ * others. */
+static void push_rewind(struct list *sent, const struct push *last) {
+    while (sent->last != last) push_again(list_remove(sent, sent->last), 0);
 }
 
 /* Something is set up wrong, and every push would fail: says so, and waits. */
@@ -3494,14 +3492,14 @@ static void binary_error(struct conn *c, int status, uint32_t id) {
     if (opt.push_test != NULL) printf("error %d: %s\n", status, why);
     if (p == NULL) return;
     g->orderly = true;
-    while (g->sent.first != p) push_done(list_take(&g->sent));
-    list_take(&g->sent);
+    while (g->sent.first != p) push_done(list_remove(&g->sent, g->sent.first));
+    push_rewind(&g->sent, p);
+    list_remove(&g->sent, p);
     if (status == 3 || status == 6) push_pause("certificate", why);
     if (status == 0 || status == 10) push_done(p);
     else if (status == 5 || (status == 8 && push_judge(p, true))) push_dead(p, 0, GONE_400);
     else if (status == 1 || status == 3 || status == 6 || (status == 255 && p->tries == 0)) push_retry(p);
     else push_drop(p, REFUSED);
-    push_rewind(&g->sent);
 }
 
 static ssize_t binary_feed(struct conn *c, char *p, size_t n) {
@@ -3515,11 +3513,11 @@ static ssize_t binary_feed(struct conn *c, char *p, size_t n) {
 static void binary_tick(struct conn *c) {
     struct gate *g = c->state;
     for (struct push *p; (p = g->sent.first) != NULL;) {
-        int64_t age = now.ms - p->sent_ms;
+        int64_t age = now.ms - p->due_ms;
         bool tested = opt.push_test != NULL && age >= FRESH_MS;
         if (!tested && age < (g->sent.n > SENT_MAX ? SENT_MS : 12 * SENT_MS)) break;
         if (tested) puts("sent, and no error came back"), push.test_status = 0, conn_close(c, "tested");
-        push_done(list_take(&g->sent));
+        push_done(list_remove(&g->sent, p));
     }
 }
 
@@ -3716,14 +3714,11 @@ static void h2_answer(struct conn *c, struct push *p) {
     slice reason = body && f[0].raw.p != NULL && *f[0].raw.p == '"' ? json_inside(f[0].raw) : S("");
     int64_t since_ms = body && f[1].raw.p != NULL ? slice_number(f[1].raw, 10) : 0;
     list_remove(&g->sent, p);
-    struct buf reply = p->reply;   /* the reason is in it */
-    p->reply = (struct buf){0};
     g->timeouts = 0;
-    push.latency_ms += (uint64_t)(now.ms - p->sent_ms);
+    push.latency_ms += (uint64_t)(now.ms - p->due_ms);
     push.responses[p->status > 0 && p->status < 600 ? p->status : 0]++;
     push.count[UNKNOWN] += p->status == 0;
-    push_answered(c, p, p->status == 0 && reply.len == 0 ? 200 : p->status, reason, since_ms > 0 ? since_ms : 0);
-    buf_free(&reply);
+    push_answered(c, p, p->status == 0 && p->reply.len == 0 ? 200 : p->status, reason, since_ms);
 }
 
 /* No new streams: another connection takes over, and this one waits for its answers. */
@@ -3767,15 +3762,13 @@ static int h2_window(struct conn *c, struct push *p, uint32_t id, uint32_t more)
 /* Those above the last stream were not looked at. */
 static int h2_goaway(struct conn *c, slice s) {
     struct gate *g = c->state;
-    struct list kept = {0}, lost = {0};
+    struct push *last = g->sent.last;
     if (s.len < 8) return H2_SIZE;
     log_info("apns: goodbye from the gateway, code %u %.*s", be32(s.p + 4), F(slice_cut(s, 8)));
-    for (struct push *p; (p = list_take(&g->sent)) != NULL;)
-        list_add(p->id > (be32(s.p) & INT32_MAX) ? &lost : &kept, p);
-    g->sent = kept;
+    while (last != NULL && last->id > (be32(s.p) & INT32_MAX)) last = last->prev;
+    push_rewind(&g->sent, last);
     h2_drain(c);
     if (be32(s.p + 4) != 0) g->orderly = false;   /* wait before connecting again */
-    push_rewind(&lost);
     return 0;
 }
 
@@ -3830,7 +3823,7 @@ static int h2_handle(struct conn *c, int type, int flags, uint32_t id, slice s) 
         if (p == NULL) return 0;
         if (p->status != 0) return h2_answer(c, p), 0;   /* the rest of the answer would not matter */
         list_remove(&g->sent, p);
-        if (be32(s.p) == H2_REFUSED) push_rewind(&(struct list){p, p, 1});
+        if (be32(s.p) == H2_REFUSED) push_again(p, 0);
         else push_retry(p);
         return 0;
     case H2_SETTINGS: return (flags & H2_ACK) != 0 ? 0 : h2_settings(c, s);
@@ -3867,7 +3860,7 @@ static void h2_tick(struct conn *c) {
     int64_t quiet = now.ms - c->heard_ms;
     for (struct push *p = g->sent.first, *next; p != NULL; p = next) {
         next = p->next;
-        if (now.ms - p->sent_ms < PUSH_SECONDS(30)) continue;
+        if (now.ms - p->due_ms < PUSH_SECONDS(30)) continue;
         h2_number(c, H2_RST, p->id, H2_CANCEL);
         list_remove(&g->sent, p);
         push_retry(p);
@@ -3896,10 +3889,9 @@ static bool gate_takes(const struct conn *c, const struct push *p) {
 /* Has a gateway send a push. */
 static void gate_send(struct conn *c, struct push *p) {
     struct gate *g = c->state;
-    if (p->owner != NULL) p->owner->waiting = NULL, p->owner = NULL;
-    p->sent_ms = now.ms;
+    list_add(&g->sent, g->sent.last, queue_take(p));
+    p->due_ms = now.ms;
     push.count[SENT]++;
-    list_add(&g->sent, p);
     if (push.binary) p->id = ++push.next_id != 0 ? push.next_id : ++push.next_id;
     if (push.binary) binary_packet(&c->out, p);
     else h2_request(c, p);
@@ -3907,25 +3899,23 @@ static void gate_send(struct conn *c, struct push *p) {
     if (g->next_id >= INT32_MAX - 1) h2_drain(c);   /* no more numbers for streams */
 }
 
-/* Sends what is ready, as far as there is somebody who takes it. */
+/* Sends what is due, as far as there is somebody who takes it. */
 static void push_pump(void) {
-    while (push.ready.n > 0 && now.ms >= push.pause_ms && !loop_stopping()) {
-        struct push *p = push.ready.first;
+    for (struct push *p; (p = push.queue.first) != NULL && p->due_ms <= now.ms && push.pause_ms <= now.ms;) {
+        if (loop_stopping()) break;
         push_fill(p);
         bool fits = (!push.binary || p->token_len == 64) && p->payload.len <= push_limit();
-        if (fits && p->payload.len > 0 && p->expires > now.wall) {
-            if (push.gate == NULL && !push.dial.busy && now.ms >= push.redial_ms) {
-                push.redial_ms = now.ms + 100;
-                dial(&push.dial);
-            }
-            if (push.gate == NULL || !gate_takes(push.gate, p)) break;
-            gate_send(push.gate, list_take(&push.ready));
+        if (!fits) log_info("apns: %.8s...: its token has not 32 bytes, or the names are too long", p->token);
+        if (!fits || p->expires <= now.wall) {
+            push_drop(queue_take(p), fits ? EXPIRED : REFUSED);
             continue;
         }
-        list_take(&push.ready);
-        if (!fits) log_info("apns: %.8s...: its token has not 32 bytes, or the names are too long", p->token);
-        if (p->payload.len == 0) push_free(p);
-        else push_drop(p, fits ? EXPIRED : REFUSED);
+        if (push.gate == NULL && !push.dial.busy && now.ms >= push.redial_ms) {
+            push.redial_ms = now.ms + 100;
+            dial(&push.dial);
+        }
+        if (push.gate == NULL || !gate_takes(push.gate, p)) break;
+        gate_send(push.gate, p);
     }
     devices_store();
 }
@@ -3952,9 +3942,10 @@ static void gate_closed(struct conn *c) {
     bool failed = !g->orderly && !loop_stopping() && push.test_status != 0;
     if (failed && !begun && ++push.dial.attempt % push.dial.addresses != 0) push.redial_ms = now.ms;
     else if (failed) gate_failed(c->why, begun && !g->ready);
-    if (!begun) push_rewind(&g->sent);
-    for (struct push *p; (p = list_take(&g->sent)) != NULL;) {
-        if (push.binary && now.ms - p->sent_ms > FRESH_MS) push_done(p);
+    if (!begun) push_rewind(&g->sent, NULL);
+    for (struct push *p; (p = g->sent.first) != NULL;) {
+        list_remove(&g->sent, p);
+        if (push.binary && now.ms - p->due_ms > FRESH_MS) push_done(p);
         else push_retry(p);
     }
     c->eof = true;
@@ -3998,10 +3989,6 @@ static void gate_opened(struct conn *c, const char *why) {
 
 /* `tick` of the loop. */
 static void push_tick(void) {
-    struct list wait = {0};
-    for (struct push *p; (p = list_take(&push.later)) != NULL;)
-        list_add(now.ms >= p->due_ms ? &push.ready : &wait, p);
-    push.later = wait;
     if (push.binary && push.devices.n > 0 && now.ms >= push.feedback_ms && !push.feedback.busy) {
         push.feedback_ms = now.ms + (int64_t)86400 * 1000;
         dial(&push.feedback);
@@ -4021,7 +4008,7 @@ static void push_metrics(struct buf *b) {
     int64_t jwt_s = push.jwt.len > 0 ? (now.ms - push.jwt_ms) / 1000 : -1;
     buf_printf(b, "xchat_push_queued %u\nxchat_push_in_flight %u\nxchat_push_devices %zu\nxchat_push_connected %d\n"
                "xchat_push_streams_max %u\nxchat_push_jwt_age_seconds %lld\nxchat_push_certificate_days %d\n"
-               "xchat_push_answer_seconds_sum %.3f\n", push.later.n + push.ready.n, g != NULL ? g->sent.n : 0,
+               "xchat_push_answer_seconds_sum %.3f\n", push.queue.n, g != NULL ? g->sent.n : 0,
                push.devices.n, g != NULL && g->ready, g != NULL ? g->limit : 0, (long long)jwt_s, push.cert_days,
                (double)push.latency_ms / 1000);
     for (int i = 0; i < COUNTS; i++) buf_printf(b, "xchat_push_%s %llu\n", names[i], (unsigned long long)push.count[i]);
@@ -4144,16 +4131,15 @@ static bool push_init(void) {
     return true;
 }
 
-/* Queues the push of --push-test. */
 /* Keeps what could not be sent, for the next start. */
 static void push_stop(void) {
-    list_join(&push.later, &push.ready);
-    for (struct push *p = push.ready.first; p != NULL; p = p->next) push_fill(p);
+    for (struct push *p = push.queue.first; p != NULL; p = p->next) push_fill(p);
     devices_compact(true);
 }
 
 static int push_status(void) { return push.test_status; }
 
+/* Queues the push of --push-test. */
 static void push_try(void) {
     if (!token_parse(slice_of(opt.push_test), &push.token))
         usage("--push-test: '%s' is no device token", opt.push_test);
@@ -4162,7 +4148,7 @@ static void push_try(void) {
     json_add(&p->payload, "alert", slice_of(opt.push_text != NULL ? opt.push_text : "Hello from xchat"));
     json_add(&p->payload, "sound", S("default"));
     buf_add(&p->payload, S("}}"));
-    list_add(&push.ready, p);
+    queue_add(p, NULL, 0);
     push_pump();
 }
 
