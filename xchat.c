@@ -3591,36 +3591,39 @@ static bool hpack_take_string(slice *s, slice *text, bool *huffman) {
  *     0 00000   1 00001   2 00010   3 011001   4 011010 ... 9 011111
  */
 static int hpack_digits(slice s, bool huffman) {
-    uint32_t bits = 0, left = 0;
+    uint32_t bits = 0;
     int status = 0;
+    size_t used = 0;
     if (!huffman) return s.len == 3 && slice_number(s, 10) > 0 ? (int)slice_number(s, 10) : 0;
-    for (size_t i = 0; i < s.len && i < 3; i++, left += 8) bits = bits << 8 | (uint8_t)s.p[i];
+    for (size_t i = 0; i < 4; i++) bits = bits << 8 | (i < s.len ? (uint8_t)s.p[i] : 0xffu);   /* ones are padding */
     for (int i = 0; i < 3; i++) {
-        if (left < 5) return 0;
-        uint32_t digit = bits >> (left -= 5) & 31;
-        if (digit > 2 && (digit < 12 || digit > 15 || left == 0)) return 0;
-        if (digit > 2 && (digit = (digit - 12) * 2 + 2 + (bits >> --left & 1)) == 2) return 0;
-        status = status * 10 + (int)digit;
+        uint32_t six = bits >> 26;
+        if (six >= 6 && (six < 25 || six > 31)) return 0;
+        status = status * 10 + (int)(six < 6 ? six / 2 : six - 22);
+        bits = six < 6 ? bits << 5 | 31 : bits << 6 | 63;
+        used += six < 6 ? 5 : 6;
     }
-    bool padded = left < 8 && (bits & ((1u << left) - 1)) == (1u << left) - 1;
-    return s.len <= 3 && padded ? status : 0;
+    return s.len == (used + 7) / 8 && bits == UINT32_MAX ? status : 0;
 }
 
-/* The status in a header block; 0: it is in a table, which we do not keep; -1: the block makes no sense. */
+/* The status in a header block; 0: it is in a table, which we do not keep; -1: the block
+ * makes no sense. A field begins with 1 and an index in the table; or with 01, 0000 or 0001
+ * and the index of its name, or 0 and the name, and then its value; or it is 001 and the
+ * size of the table. */
 static int hpack_status(slice s) {
     static const int known[] = {200, 204, 206, 304, 400, 404, 500};   /* 8 to 14 of the static table */
     slice text;
     bool huffman;
-    while (s.len > 0 && (*s.p & 0xe0) == 0x20)   /* the size of that table */
-        if (hpack_take(&s, 31) < 0) return -1;
     while (s.len > 0) {
         int c = (uint8_t)*s.p;
-        int64_t index = hpack_take(&s, c >= 128 ? 127 : c >= 64 ? 63 : 15);
+        bool whole = c >= 128, size = (c & 0xe0) == 0x20;
+        int64_t index = hpack_take(&s, whole ? 127 : c >= 64 ? 63 : size ? 31 : 15);
         bool status = index >= 8 && index <= 14;
-        if (index < 0 || (index == 0 && c >= 128)) return -1;
+        if (index < 0 || (index == 0 && whole)) return -1;
+        if (size) continue;
         if (index > 61) return 0;
-        if (c >= 128 && status) return known[index - 8];
-        if (c >= 128) continue;
+        if (whole && status) return known[index - 8];
+        if (whole) continue;
         if (index == 0) {
             if (!hpack_take_string(&s, &text, &huffman)) return -1;
             status = slice_eq(text, huffman ? S("\xb8\x84\x8d\x36\xa3") : S(":status"));
