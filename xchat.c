@@ -3379,9 +3379,9 @@ static void push_dead(struct push *p, int64_t since_ms, enum count why) {
     push_drop(p, REFUSED);
 }
 
-/* What answers mean, for us and for people; the first that fits counts. A reason may be
- * given, or a range of statuses. */
-enum fate { DONE, DEAD, SUSPECT, CONFIG, RENEW, RECONNECT, LATER, DROP };
+/* What answers mean, for us and for people; the first row that fits counts. The binary
+ * protocol has numbers from 0 to 255, and we call their reason "error". */
+enum fate { DONE, DEAD, SUSPECT, CONFIG, RENEW, RECONNECT, LATER, ONCE_MORE, DROP };
 
 static const struct answer {
     const char *reason;
@@ -3390,45 +3390,52 @@ static const struct answer {
     const char *words;
 } answers[] = {
     {NULL, 200, 299, DONE, "accepted"},
-    {"Unregistered", 0, 0, DEAD, "the app is no longer on that phone: the token is dead"},
-    {"ExpiredToken", 0, 0, DEAD, "the token has expired: it is dead"},
+    {"Unregistered", 0, 999, DEAD, "the app is no longer on that phone: the token is dead"},
+    {"ExpiredToken", 0, 999, DEAD, "the token has expired: it is dead"},
     {NULL, 410, 410, DEAD, "the token is dead"},
-    {"BadDeviceToken", 0, 0, SUSPECT, "no such device token there: it is dead, or of the other environment (sandbox)"},
-    {"DeviceTokenNotForTopic", 0, 0, SUSPECT, "the token is of another app than --apns-topic"},
-    {"BadTopic", 0, 0, CONFIG, "--apns-topic is wrong: it is the app's bundle id"},
-    {"MissingTopic", 0, 0, CONFIG, "--apns-topic is needed"},
-    {"TopicDisallowed", 0, 0, CONFIG, "this key or certificate may not push to the app of --apns-topic"},
-    {"BadCertificate", 0, 0, CONFIG, "the certificate of --apns-cert is expired, revoked or of another kind"},
-    {"BadCertificateEnvironment", 0, 0, CONFIG, "--apns-cert is for the other environment (sandbox or production)"},
-    {"BadEnvironmentKeyIdInToken", 0, 0, CONFIG, "--apns-key is for the other environment (sandbox or production)"},
-    {"BadEnvironmentKeyInToken", 0, 0, CONFIG, "--apns-key is for the other environment (sandbox or production)"},
-    {"InvalidProviderToken", 0, 0, CONFIG, "wrong key: --apns-key, --apns-key-id and --apns-team-id do not match, "
+    {"BadDeviceToken", 0, 999, SUSPECT, "no such device token there: it is dead, or of the other environment (sandbox)"},
+    {"DeviceTokenNotForTopic", 0, 999, SUSPECT, "the token is of another app than --apns-topic"},
+    {"BadTopic", 0, 999, CONFIG, "--apns-topic is wrong: it is the app's bundle id"},
+    {"MissingTopic", 0, 999, CONFIG, "--apns-topic is needed"},
+    {"TopicDisallowed", 0, 999, CONFIG, "this key or certificate may not push to the app of --apns-topic"},
+    {"BadCertificate", 0, 999, CONFIG, "the certificate of --apns-cert is expired, revoked or of another kind"},
+    {"BadCertificateEnvironment", 0, 999, CONFIG, "--apns-cert is for the other environment (sandbox or production)"},
+    {"BadEnvironmentKeyIdInToken", 0, 999, CONFIG, "--apns-key is for the other environment (sandbox or production)"},
+    {"BadEnvironmentKeyInToken", 0, 999, CONFIG, "--apns-key is for the other environment (sandbox or production)"},
+    {"InvalidProviderToken", 0, 999, CONFIG, "wrong key: --apns-key, --apns-key-id and --apns-team-id do not match, "
                                            "or the clock is wrong"},
-    {"MissingProviderToken", 0, 0, CONFIG, "--apns-cert is needed, or --apns-key with --apns-key-id"},
-    {"Forbidden", 0, 0, CONFIG, "this is not allowed with this key or certificate"},
-    {"ExpiredProviderToken", 0, 0, RENEW, "the clock is wrong: our token counts as too old"},
-    {"TooManyProviderTokenUpdates", 0, 0, RECONNECT, "new tokens came too often; do several servers use this key?"},
-    {"UnrelatedKeyIdInToken", 0, 0, RECONNECT, "this key has nothing to do with the one used before"},
-    {"IdleTimeout", 0, 0, RECONNECT, "the connection was idle for too long"},
-    {"Shutdown", 0, 0, RECONNECT, "the server is going down: try again later"},
-    {"PayloadTooLarge", 0, 0, DROP, "the text is too long"},
+    {"MissingProviderToken", 0, 999, CONFIG, "--apns-cert is needed, or --apns-key with --apns-key-id"},
+    {"Forbidden", 0, 999, CONFIG, "this is not allowed with this key or certificate"},
+    {"ExpiredProviderToken", 0, 999, RENEW, "the clock is wrong: our token counts as too old"},
+    {"TooManyProviderTokenUpdates", 0, 999, RECONNECT, "new tokens came too often; do several servers use this key?"},
+    {"UnrelatedKeyIdInToken", 0, 999, RECONNECT, "this key has nothing to do with the one used before"},
+    {"IdleTimeout", 0, 999, RECONNECT, "the connection was idle for too long"},
+    {"Shutdown", 0, 999, RECONNECT, "the server is going down: try again later"},
+    {"PayloadTooLarge", 0, 999, DROP, "the text is too long"},
     {NULL, 429, 429, LATER, "too many pushes to this phone: try again later"},
     {NULL, 500, 599, LATER, "there is trouble at the gateway: try again later"},
-    {NULL, INT32_MIN, INT32_MAX, DROP, "not accepted"},
+    {"error", 0, 0, DONE, "no error"},
+    {"error", 1, 1, LATER, "there is trouble at the gateway"},
+    {"error", 2, 2, DROP, "no device token"},
+    {"error", 3, 3, CONFIG, "no topic: is this the right certificate?"},
+    {"error", 4, 4, DROP, "no payload"},
+    {"error", 5, 5, DEAD, "a device token of a wrong size"},
+    {"error", 6, 6, CONFIG, "a topic of a wrong size"},
+    {"error", 7, 7, DROP, "the payload is too long"},
+    {"error", 8, 8, SUSPECT, "the token is dead, or of the other environment (sandbox)"},
+    {"error", 10, 10, DONE, "it is going down"},
+    {"error", 255, 255, ONCE_MORE, "it could not read that"},
+    {NULL, 0, 999, DROP, "not accepted"},
 };
-
-static const struct answer *answer_find(slice reason, int status) {
-    const struct answer *a = answers;
-    while (a->reason != NULL ? !slice_eq(reason, slice_of(a->reason)) : status < a->least || status > a->most) a++;
-    return a;
-}
 
 /* Takes a push that was answered. Ends the connection, if it is of no more use. */
 static void push_answered(struct conn *c, struct push *p, int status, slice reason, int64_t since_ms) {
-    const struct answer *a = answer_find(reason, status);
+    const struct answer *a = answers;
     struct gate *g = c->state;
+    while (status < a->least || status > a->most || (a->reason != NULL && !slice_eq(reason, slice_of(a->reason)))) a++;
     enum fate fate = a->fate;
-    if (fate != DONE) log_info("apns: %.8s...: %d %.*s: %s", p->token, status, F(reason), a->words);
+    list_remove(&g->sent, p);
+    if (status < 200 || status > 299) log_info("apns: %.8s...: %d %.*s: %s", p->token, status, F(reason), a->words);
     if (opt.push_test != NULL) {
         printf("%d %.*s: %s\n", status, F(reason), a->words);
         push.test_status = fate != DONE;
@@ -3437,6 +3444,7 @@ static void push_answered(struct conn *c, struct push *p, int status, slice reas
         conn_close(c, "tested");
     }
     g->errors = status == 500 ? g->errors + 1 : 0;
+    if (fate == ONCE_MORE) fate = p->tries == 0 ? LATER : DROP;
     if (fate == RENEW && now.ms - push.jwt_ms < JWT_AGAIN_MS) fate = CONFIG;
     if (fate == RENEW) buf_clear(&push.jwt);
     if (fate == CONFIG) g->orderly = true, push_pause(a->reason, a->words);
@@ -3445,7 +3453,7 @@ static void push_answered(struct conn *c, struct push *p, int status, slice reas
     if (fate == SUSPECT && !dead && push.n_verdicts >= 3)
         push_pause(a->reason, "most tokens are refused: check --apns (environment) and --apns-topic");
     if (fate == DONE) push_done(p);
-    else if (dead) push_dead(p, since_ms, fate == DEAD ? GONE_410 : GONE_400);
+    else if (dead) push_dead(p, since_ms, status == 410 ? GONE_410 : GONE_400);
     else if (fate == SUSPECT || fate == DROP) push_drop(p, REFUSED);
     else push_retry(p);
 }
@@ -3479,33 +3487,17 @@ static void binary_packet(struct buf *b, const struct push *p) {
 }
 
 /* An error packet: the push it names was the last that was looked at. */
-static void binary_error(struct conn *c, int status, uint32_t id) {
-    static const char *const words[] = {
-        "no error", "trouble at the gateway", "no device token", "no topic: is this the right certificate?",
-        "no payload", "a device token of a wrong size", "a topic of a wrong size", "the payload is too long",
-        "the token is dead, or of the other environment (sandbox)",
-    };
-    struct gate *g = c->state;
-    struct push *p = list_find(&g->sent, id);
-    const char *why = status <= 8 ? words[status] : status == 10 ? "it is going down" : "it could not read that";
-    log_info("apns: error %d: %s", status, why);
-    if (opt.push_test != NULL) printf("error %d: %s\n", status, why);
-    if (p == NULL) return;
-    g->orderly = true;
-    while (g->sent.first != p) push_done(list_remove(&g->sent, g->sent.first));
-    push_rewind(&g->sent, p);
-    list_remove(&g->sent, p);
-    if (status == 3 || status == 6) push_pause("certificate", why);
-    if (status == 0 || status == 10) push_done(p);
-    else if (status == 5 || (status == 8 && push_judge(p, true))) push_dead(p, 0, GONE_400);
-    else if (status == 1 || status == 3 || status == 6 || (status == 255 && p->tries == 0)) push_retry(p);
-    else push_drop(p, REFUSED);
-}
-
 static ssize_t binary_feed(struct conn *c, char *p, size_t n) {
+    struct gate *g = c->state;
     if (n < 6) return 0;
-    if (p[0] == 8) binary_error(c, (unsigned char)p[1], be32(p + 2));
+    struct push *named = p[0] == 8 ? list_find(&g->sent, be32(p + 2)) : NULL;
+    int status = (unsigned char)p[1];
     conn_close(c, p[0] == 8 ? "error packet" : "it does not speak the binary protocol");
+    if (named == NULL) return log_info("apns: error %d, of no push that is known", status), 6;
+    g->orderly = true;
+    while (g->sent.first != named) push_done(list_remove(&g->sent, g->sent.first));
+    push_rewind(&g->sent, named);
+    push_answered(c, named, status, S("error"), 0);
     return 6;
 }
 
@@ -3710,18 +3702,16 @@ static void h2_request(struct conn *c, struct push *p) {
 
 /* The answer to a push is complete. */
 static void h2_answer(struct conn *c, struct push *p) {
-    struct json_field f[] = {{.name = "reason"}, {.name = "timestamp"}};
+    struct json_field f[] = {{.name = "reason", .raw = S("")}, {.name = "timestamp", .raw = S("")}};
     struct gate *g = c->state;
     size_t where;
-    bool body = p->reply.len > 0 && json_pick(buf_slice(&p->reply), f, 2, &where) == NULL;
-    slice reason = body && f[0].raw.p != NULL && *f[0].raw.p == '"' ? json_inside(f[0].raw) : S("");
-    int64_t since_ms = body && f[1].raw.p != NULL ? slice_number(f[1].raw, 10) : 0;
-    list_remove(&g->sent, p);
+    bool told = json_pick(buf_slice(&p->reply), f, 2, &where) == NULL && f[0].raw.len > 2 && *f[0].raw.p == '"';
+    slice reason = told ? json_inside(f[0].raw) : S("");
     g->timeouts = 0;
     push.latency_ms += (uint64_t)(now.ms - p->due_ms);
     push.responses[p->status > 0 && p->status < 600 ? p->status : 0]++;
     push.count[UNKNOWN] += p->status == 0;
-    push_answered(c, p, p->status == 0 && p->reply.len == 0 ? 200 : p->status, reason, since_ms);
+    push_answered(c, p, p->status == 0 && p->reply.len == 0 ? 200 : p->status, reason, slice_number(f[1].raw, 10));
 }
 
 /* No new streams: another connection takes over, and this one waits for its answers. */
