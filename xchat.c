@@ -574,6 +574,13 @@ static bool json_text(slice raw, struct buf *b) {
     return c == '-' || (c >= '0' && c <= '9') ? json_number_text(raw, b) : c != '{' && c != '[';
 }
 
+/* The same in an emptied buffer, and nothing at all for what has no text. */
+static slice json_get(slice raw, struct buf *b) {
+    buf_clear(b);
+    if (!json_text(raw, b)) buf_clear(b);
+    return buf_slice(b);
+}
+
 /* ---- Writing. A message is built in a buffer, from the outside in:
  *
  *     buf_addc(b, '{');                      {
@@ -2781,7 +2788,7 @@ enum {
 
 struct device {
     struct subscription *first;       /* its rooms; NULL: forgotten, but still connected */
-    char *uid;                        /* owned, or NULL */
+    struct buf uid;                   /* its user, or empty */
     int64_t registered_ms;            /* wall clock */
     uint32_t online, unread;          /* connections; messages missed since the last one */
     uint16_t token_len;
@@ -2988,7 +2995,7 @@ static void device_write(const struct device *d, const struct subscription *s, c
     push.file_lines++;
     buf_printf(b, "{\"at\":%lld,\"unread\":%u", d->first != NULL ? (long long)d->registered_ms : 0, d->unread);
     json_add(b, "token", device_key(d));
-    if (d->uid != NULL) json_add(b, "uid", slice_of(d->uid));
+    if (d->uid.len > 0) json_add(b, "uid", buf_slice(&d->uid));
     if (s != NULL) json_add(b, "room", audience_key(s->audience));
     if (p != NULL && p->payload.len > 0) {
         json_add(b, "payload", buf_slice(&p->payload));
@@ -3044,7 +3051,7 @@ static void subscription_free(struct subscription *s) {
 static void device_release(struct device *d) {
     if (d->first != NULL || d->online > 0) return;
     table_remove(&push.devices, device_key(d));
-    free(d->uid);
+    buf_free(&d->uid);
     free(d);
 }
 
@@ -3058,59 +3065,68 @@ static void push_forget(struct device *d) {
     device_release(d);
 }
 
-/* Subscribes a phone to the room of this key; one that has gone to another user leaves
- * the rooms of the first, and of too many rooms the oldest is left. Returns the device,
- * which is the caller's until push_offline(), or NULL if there are too many. `uid` may be NULL. */
-static struct device *device_subscribe(slice token, const char *uid, slice room, int64_t at_ms) {
+static void push_offline(struct device *d) {
+    d->online--;
+    device_release(d);
+}
+
+/* The device of this token, new if need be, for the caller until push_offline(). If it has
+ * gone to another user it leaves the rooms of the first. NULL: there are too many. */
+static struct device *device_hold(slice token, slice uid) {
     struct device *d = table_find(&push.devices, token);
-    if (d == NULL && push.devices.n >= DEVICES_MAX) return NULL;
     if (d == NULL) {
+        if (push.devices.n >= DEVICES_MAX) return NULL;
         d = xcalloc(sizeof *d + token.len);
         memcpy(d->token, token.p, token.len);
         d->token_len = (uint16_t)token.len;
         table_add(&push.devices, d);
     }
-    d->online++;   /* so that it stays, whatever happens now */
-    d->registered_ms = at_ms;
-    if ((uid == NULL) != (d->uid == NULL) || (uid != NULL && strcmp(uid, d->uid) != 0)) {
+    d->online++;
+    if (!slice_eq(buf_slice(&d->uid), uid)) {
         if (d->first != NULL) push_forget(d);
-        free(d->uid);
-        d->uid = uid != NULL ? memcpy(xcalloc(strlen(uid) + 1), uid, strlen(uid)) : NULL;
+        buf_clear(&d->uid);
+        buf_add(&d->uid, uid);
     }
-    struct subscription **oldest = &d->first;
+    return d;
+}
+
+/* Subscribes a phone to the room of this key, and ends its oldest subscription, if these
+ * are too many. */
+static struct subscription *device_join(struct device *d, slice room) {
     struct audience *a = table_find(&push.audiences, room);
-    if (a != NULL && device_in(d, a) != NULL) return d;
-    for (size_t n = 1; *oldest != NULL && n < ROOMS_PER_CLIENT; n++) oldest = &(*oldest)->also;
-    if (*oldest != NULL) subscription_free(*oldest), *oldest = NULL;
-    a = table_find(&push.audiences, room);
+    struct subscription *s = device_in(d, a), **oldest = &d->first;
+    if (s != NULL) return s;
     if (a == NULL) {
         a = xcalloc(sizeof *a + room.len);
         a->key_len = (uint8_t)room.len;
         memcpy(a->key, room.p, room.len);
         table_add(&push.audiences, a);
     }
-    struct subscription *s = xcalloc(sizeof *s);
+    s = xcalloc(sizeof *s);
     *s = (struct subscription){.device = d, .audience = a, .next = a->first, .also = d->first};
-    return a->first = d->first = s, d;
+    a->first = d->first = s;
+    for (size_t n = 0; *oldest != NULL && n < ROOMS_PER_CLIENT; n++) oldest = &(*oldest)->also;
+    if (*oldest != NULL) subscription_free(*oldest), *oldest = NULL;
+    return s;
 }
 
-/* Subscribes the phone of a client that logs in, as device_subscribe(): it is online, and
- * has missed nothing. */
-static struct device *push_online(slice token, const char *uid, slice room) {
-    struct device *d = opt.apns != NULL ? device_subscribe(token, uid, room, wall_ms()) : NULL;
+/* The phone of a client that has logged in: it is there, and has missed nothing. NULL: it
+ * cannot be kept, or there is no --apns. */
+static struct device *push_online(slice token, slice uid) {
+    struct device *d = opt.apns != NULL ? device_hold(token, uid) : NULL;
     if (d == NULL) return NULL;
     for (struct subscription *s = d->first; s != NULL; s = s->also)
         if (s->waiting != NULL) push_free(queue_take(s->waiting));
+    d->registered_ms = wall_ms();
     d->unread = 0;
-    device_write(d, device_in(d, table_find(&push.audiences, room)), NULL);
-    devices_store();
-    if (opt.fsync && opt.data != NULL && fdatasync(push.file) != 0) log_warn("--data: devices: %s", strerror(errno));
     return d;
 }
 
-static void push_offline(struct device *d) {
-    d->online--;
-    device_release(d);
+/* From now on it is in this room, connected or not. */
+static void push_join(struct device *d, slice room) {
+    device_write(d, device_join(d, room), NULL);
+    devices_store();
+    if (opt.fsync && opt.data != NULL && fdatasync(push.file) != 0) log_warn("--data: devices: %s", strerror(errno));
 }
 
 /* Queues a push to a subscription, which waits for its payload. If there are too many the
@@ -3126,23 +3142,16 @@ static struct push *push_queue(struct subscription *s) {
 
 /* Takes up a line of the file. */
 static void device_read(struct json_field *f) {
-    struct buf text = {0}, token = {0};
-    bool ok = json_text(f[0].raw, &text) && token_parse(buf_slice(&text), &token);
     int64_t at = slice_number(f[1].raw, 10), unread = slice_number(f[2].raw, 10);
-    struct device *d = ok ? table_find(&push.devices, buf_slice(&token)) : NULL;
-    buf_clear(&text);
-    json_text(f[4].raw, &text);
-    slice room = buf_slice(&text);
-    buf_clear(&push.text);
-    json_text(f[3].raw, &push.text);
-    buf_addc(&push.text, '\0');
-    if (at <= 0 && d != NULL) push_forget(d);
-    if (ok && at > 0 && room.len > 6 && room.len <= 6 + ROOM_MAX_BYTES) {
-        d = device_subscribe(buf_slice(&token), push.text.len > 1 ? buf_slice(&push.text).p : NULL, room, at);
-        if (d != NULL) d->online--;
-    }
-    if (at > 0 && unread >= 0 && d != NULL) d->registered_ms = at, d->unread = (uint32_t)unread;
-    struct subscription *s = at > 0 && d != NULL ? device_in(d, table_find(&push.audiences, room)) : NULL;
+    if (!token_parse(json_get(f[0].raw, &push.text), &push.token)) return;
+    struct device *d = device_hold(buf_slice(&push.token), json_get(f[3].raw, &push.text));
+    struct subscription *s = NULL;
+    if (d == NULL) return;
+    slice room = json_get(f[4].raw, &push.text);
+    if (at <= 0) push_forget(d);
+    else d->registered_ms = at;
+    if (unread >= 0) d->unread = (uint32_t)unread;
+    if (at > 0 && room.len > 6 && room.len <= 6 + ROOM_MAX_BYTES) s = device_join(d, room);
     if (s != NULL && s->waiting == NULL && f[6].raw.len == ID_BYTES + 2 && f[7].raw.len == 38) {
         struct push *p = push_queue(s);
         json_text(f[5].raw, &p->payload);
@@ -3150,8 +3159,7 @@ static void device_read(struct json_field *f) {
         memcpy(p->uuid, f[7].raw.p + 1, 36);
         p->expires = slice_number(f[8].raw, 10);
     }
-    buf_free(&text);
-    buf_free(&token);
+    push_offline(d);
 }
 
 /* ---- What is said becomes pushes. Of a room only the last message is kept here: it is
@@ -3159,7 +3167,7 @@ static void device_read(struct json_field *f) {
 
 /* Is this of the user whose phone that is? */
 static bool push_own(const struct device *d, const struct audience *a) {
-    return d->uid != NULL && slice_eq(buf_slice(&a->uid), slice_of(d->uid));
+    return d->uid.len > 0 && slice_eq(buf_slice(&a->uid), buf_slice(&d->uid));
 }
 
 static void push_write(struct buf *b, const struct subscription *s, slice body, bool cut) {
@@ -3209,16 +3217,13 @@ static void push_said(slice key, slice line) {
     struct audience *a = table_find(&push.audiences, key);
     size_t where;
     if (a == NULL || json_pick(line, f, 4, &where) != NULL || f[3].raw.p == NULL) return;
-    buf_clear(&a->title), buf_clear(&a->body), buf_clear(&a->uid), buf_clear(&push.text);
-    json_text(f[0].raw, &push.text);
-    html_text(&a->title, buf_slice(&push.text));
-    buf_clear(&push.text);
-    json_text(f[1].raw, &push.text);
-    slice content = buf_slice(&push.text);
+    buf_clear(&a->title), buf_clear(&a->body);
+    html_text(&a->title, json_get(f[0].raw, &push.text));
+    slice content = json_get(f[1].raw, &push.text);
     const char *end = slice_starts(content, S("<b>")) ? memchr(content.p + 3, '/', content.len - 3) : NULL;
     if (end != NULL) content = slice_cut(content, (size_t)(end - content.p) + 3);   /* "<b>says to you: </b>" */
     html_text(&a->body, content.len > 6 * PAYLOAD_MAX ? slice_take(content, 6 * PAYLOAD_MAX) : content);
-    json_text(f[2].raw, &a->uid);
+    json_get(f[2].raw, &a->uid);
     memcpy(a->id, f[3].raw.p + 1, ID_BYTES);
     for (struct subscription *s = a->first; s != NULL; s = s->next)
         if (s->device->online == 0 && !push_own(s->device, a)) push_tell(s, 1);
@@ -4473,14 +4478,10 @@ static bool chat_phone(struct client *cl) {
 /* The phone of this client is in its room from now on, and in its user's inbox, whether
  * it is connected or not. */
 static void chat_subscribe(struct client *cl) {
-    struct device *old = cl->phone;
-    cl->phone = NULL;
-    for (struct member *m = cl->c->joined; m != NULL; m = m->also) {
-        struct device *d = push_online(buf_slice(&chat.token), cl->uid, room_key(m->room));
-        if (cl->phone != NULL && d != NULL) push_offline(d);   /* counted once */
-        if (d != NULL) cl->phone = d;
-    }
+    struct device *old = cl->phone, *d = push_online(buf_slice(&chat.token), slice_of(cl->uid != NULL ? cl->uid : ""));
+    for (struct member *m = cl->c->joined; d != NULL && m != NULL; m = m->also) push_join(d, room_key(m->room));
     if (old != NULL) push_offline(old);
+    cl->phone = d;
 }
 
 static bool chat_login(struct client *cl) {
