@@ -1285,47 +1285,51 @@ static void dial_look_up(const struct dial *d, int fd) {
     _exit(write(fd, &a, sizeof a) != sizeof a);
 }
 
-/* Has this connection begin TLS, and believe nobody but the host. */
-static void dial_tls(struct conn *c, const struct dial *d) {
-    c->ssl = SSL_new(d->tls);
-    if (c->ssl == NULL || SSL_set_fd(c->ssl, c->fd) != 1) die("out of memory (TLS)");
-    SSL_set_connect_state(c->ssl);
-    if (X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(c->ssl), d->host) == 1) return;
-    if (SSL_set1_host(c->ssl, d->host) != 1 || SSL_set_tlsext_host_name(c->ssl, d->host) != 1)
-        die("out of memory (TLS)");
-}
-
-static void dial_done(struct dial *d, struct conn *c, const char *why) {
-    d->busy = false;
-    d->done(c, why);
+/* Begins TLS, and believes nobody but the host. */
+static SSL *dial_tls(const struct dial *d, int fd) {
+    SSL *ssl = SSL_new(d->tls);
+    bool ok = ssl != NULL && SSL_set_fd(ssl, fd) == 1;
+    bool number = ok && X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(ssl), d->host) == 1;
+    if (!number) ok = ok && SSL_set1_host(ssl, d->host) == 1 && SSL_set_tlsext_host_name(ssl, d->host) == 1;
+    if (ok && d->alpn != NULL) SSL_set_alpn_protos(ssl, (const unsigned char *)d->alpn, (unsigned)strlen(d->alpn));
+    if (!ok) die("out of memory (TLS)");
+    SSL_set_connect_state(ssl);
+    return ssl;
 }
 
 static ssize_t dial_feed(struct conn *from, char *p, size_t n) {
     struct dial *d = from->state;
     struct address a;
+    struct conn *c = NULL;
     if (n < sizeof a) return 0;
     memcpy(&a, p, sizeof a);
-    d->addresses = a.n;
     int fd = socket(a.sa.ss_family, SOCK_STREAM, 0);
     bool ok = fd >= 0 && fd_prepare(fd) == 0 &&
               (connect(fd, (struct sockaddr *)&a.sa, a.len) == 0 || errno == EINPROGRESS);
     const char *why = strerror(errno);
-    from->state = NULL;
-    conn_close(from, "address found");
     if (!ok && fd >= 0) close(fd);
-    if (!ok) return dial_done(d, NULL, why), -1;
-    struct conn *c = conn_new(fd, d->proto, NULL, true);
-    c->peer = addr_of(&a.sa);
-    c->blocked = true;   /* until it is connected */
-    dial_tls(c, d);
-    if (d->alpn != NULL) SSL_set_alpn_protos(c->ssl, (const unsigned char *)d->alpn, (unsigned)strlen(d->alpn));
-    conn_touch(c);
-    return dial_done(d, c, NULL), (ssize_t)n;
+    if (ok) {
+        c = conn_new(fd, d->proto, NULL, true);
+        c->peer = addr_of(&a.sa);
+        c->blocked = true;   /* until it is connected */
+        c->ssl = dial_tls(d, fd);
+        conn_touch(c);
+    }
+    conn_close(from, "address found");
+    from->state = NULL;
+    d->addresses = a.n;
+    d->busy = false;
+    d->done(c, why);
+    return (ssize_t)n;
 }
 
+/* `closed` of those that only read, too: there is nothing to wait for. */
 static void dial_closed(struct conn *from) {
+    struct dial *d = from->state;
     from->eof = true;
-    if (from->state != NULL) dial_done(from->state, NULL, "there is no address for this name");
+    if (d == NULL) return;
+    d->busy = false;
+    d->done(NULL, "there is no address for this name");
 }
 
 static const struct proto dial_proto = {.name = "look-up", .feed = dial_feed, .closed = dial_closed};
@@ -3047,9 +3051,9 @@ static void subscription_free(struct subscription *s) {
     free(s);
 }
 
-/* Frees a device that nobody needs any more. */
-static void device_release(struct device *d) {
-    if (d->first != NULL || d->online > 0) return;
+/* Gives back a device, and frees it if nobody needs it any more. */
+static void push_offline(struct device *d) {
+    if (--d->online > 0 || d->first != NULL) return;
     table_remove(&push.devices, device_key(d));
     buf_free(&d->uid);
     free(d);
@@ -3057,17 +3061,13 @@ static void device_release(struct device *d) {
 
 /* Ends all subscriptions of a phone. */
 static void push_forget(struct device *d) {
+    d->online++;   /* so that it stays until the end of this */
     for (struct subscription *s; (s = d->first) != NULL;) {
         d->first = s->also;
         subscription_free(s);
     }
     device_write(d, NULL, NULL);
-    device_release(d);
-}
-
-static void push_offline(struct device *d) {
-    d->online--;
-    device_release(d);
+    push_offline(d);
 }
 
 /* The device of this token, new if need be, for the caller until push_offline(). If it has
@@ -3294,11 +3294,8 @@ static slice jwt_get(void) {
     buf_clear(&push.jwt);
     jwt_make(&push.jwt, now.wall);
     push.jwt_ms = now.ms;
-    buf_printf(&json, "{\"iat\":%lld", (long long)now.wall);
-    json_add(&json, "key_id", slice_of(opt.apns_key_id));
-    json_add(&json, "team_id", slice_of(opt.apns_team_id));
-    json_add(&json, "jwt", buf_slice(&push.jwt));
-    buf_addc(&json, '}');
+    buf_printf(&json, "{\"key_id\":\"%s\",\"team_id\":\"%s\",\"iat\":%lld,\"jwt\":\"%.*s\"}", opt.apns_key_id,
+               opt.apns_team_id, (long long)now.wall, F(buf_slice(&push.jwt)));
     if (opt.data != NULL) data_write("apns-jwt", buf_slice(&json));
     buf_free(&json);
     return buf_slice(&push.jwt);
@@ -3374,19 +3371,9 @@ static void push_done(struct push *p) {
     push_free(p);
 }
 
-/* Drops a push to a token that is no good, and forgets the token, unless it was registered
- * again meanwhile. `since_ms`: it has been dead since then, or 0. */
-static void push_dead(struct push *p, int64_t since_ms, enum count why) {
-    struct device *d = table_find(&push.devices, push_token(p));
-    bool same = d != NULL && (since_ms > 0 ? d->registered_ms <= since_ms : d->registered_ms == p->registered_ms);
-    push.count[why] += same;
-    if (same) push_forget(d);
-    push_drop(p, REFUSED);
-}
-
 /* What answers mean, for us and for people; the first row that fits counts. The binary
  * protocol has numbers from 0 to 255, and we call their reason "error". */
-enum fate { DONE, DEAD, SUSPECT, CONFIG, RENEW, RECONNECT, LATER, ONCE_MORE, DROP };
+enum fate { DONE, DEAD, SUSPECT, DROP, LATER, ONCE_MORE, RECONNECT, RENEW, CONFIG };   /* from LATER on: not yet */
 
 static const struct answer {
     const char *reason;
@@ -3433,7 +3420,8 @@ static const struct answer {
     {NULL, 0, 999, DROP, "not accepted"},
 };
 
-/* Takes a push that was answered. Ends the connection, if it is of no more use. */
+/* Takes a push that was answered. Ends the connection, if it is of no more use. A dead token
+ * is forgotten, unless it was registered again since then (in `since_ms`, if that is known). */
 static void push_answered(struct conn *c, struct push *p, int status, slice reason, int64_t since_ms) {
     const struct answer *a = answers;
     struct gate *g = c->state;
@@ -3453,14 +3441,18 @@ static void push_answered(struct conn *c, struct push *p, int status, slice reas
     if (fate == RENEW && now.ms - push.jwt_ms < JWT_AGAIN_MS) fate = CONFIG;
     if (fate == RENEW) buf_clear(&push.jwt);
     if (fate == CONFIG) g->orderly = true, push_pause(a->reason, a->words);
-    if (fate == CONFIG || fate == RENEW || fate == RECONNECT || g->errors >= 2) conn_close(c, a->words);
+    if (fate >= RECONNECT || g->errors >= 2) conn_close(c, a->words);
     bool dead = fate == DEAD || (fate == SUSPECT && push_judge(p, true));
     if (fate == SUSPECT && !dead && push.n_verdicts >= 3)
         push_pause(a->reason, "most tokens are refused: check --apns (environment) and --apns-topic");
+    struct device *d = dead ? table_find(&push.devices, push_token(p)) : NULL;
+    if (d != NULL && (since_ms > 0 ? d->registered_ms <= since_ms : d->registered_ms == p->registered_ms)) {
+        push.count[status == 410 ? GONE_410 : GONE_400]++;
+        push_forget(d);
+    }
     if (fate == DONE) push_done(p);
-    else if (dead) push_dead(p, since_ms, status == 410 ? GONE_410 : GONE_400);
-    else if (fate == SUSPECT || fate == DROP) push_drop(p, REFUSED);
-    else push_retry(p);
+    else if (fate >= LATER) push_retry(p);
+    else push_drop(p, REFUSED);
 }
 
 /* ---- The binary protocol. ---- */
@@ -3530,9 +3522,7 @@ static ssize_t feedback_feed(struct conn *c, char *p, size_t n) {
     return (ssize_t)(6 + len);
 }
 
-static void feedback_closed(struct conn *c) { c->eof = true; }
-
-static const struct proto feedback_proto = {.name = "feedback", .feed = feedback_feed, .closed = feedback_closed};
+static const struct proto feedback_proto = {.name = "feedback", .feed = feedback_feed, .closed = dial_closed};
 
 static void feedback_opened(struct conn *c, const char *why) {
     if (c == NULL) log_info("apns feedback: %s", why);
@@ -3548,16 +3538,12 @@ static void hpack_number(struct buf *b, int pattern, size_t most, size_t n) {
     buf_addc(b, (char)n);
 }
 
-static void hpack_string(struct buf *b, slice s) {
-    hpack_number(b, 0, 127, s.len);
-    buf_add(b, s);
-}
-
 /* A field that is not to be remembered; its name is in the table of section A, or spelled out. */
-static void hpack_field(struct buf *b, int pattern, size_t index, const char *name, slice value) {
+static void hpack_field(struct buf *b, int pattern, size_t index, const char *name, const char *value) {
     hpack_number(b, pattern, 15, index);
-    if (index == 0) hpack_string(b, slice_of(name));
-    hpack_string(b, value);
+    if (index == 0) hpack_number(b, 0, 127, strlen(name)), buf_add(b, slice_of(name));
+    hpack_number(b, 0, 127, strlen(value));
+    buf_add(b, slice_of(value));
 }
 
 /* Takes a number off the block; -1: it is cut short, or too large. */
@@ -3668,26 +3654,23 @@ static void h2_data(struct conn *c, struct push *p) {
 
 /* Appends the header block of a push. */
 static void h2_block(struct buf *b, const struct push *p, slice jwt) {
-    char number[24];
-    struct buf text = {0};
+    char text[16 + TOKEN_MAX];   /* our JWTs are shorter than 300 */
     buf_add(b, S("\x83\x87"));   /* :method POST, :scheme https */
-    buf_printf(&text, "/3/device/%.*s", F(push_token(p)));
-    hpack_field(b, 0, 4, ":path", buf_slice(&text));
-    hpack_field(b, 0, 1, ":authority", slice_of(push.dial.host));
-    buf_clear(&text);
-    buf_printf(&text, "bearer %.*s", F(jwt));
-    if (jwt.len > 0) hpack_field(b, 0x10, 23, "authorization", buf_slice(&text));   /* a secret: 0x10 */
-    buf_free(&text);
-    hpack_field(b, 0, 31, "content-type", S("application/json"));
-    snprintf(number, sizeof number, "%u", p->payload.len);
-    hpack_field(b, 0, 28, "content-length", slice_of(number));
-    hpack_field(b, 0, 0, "apns-topic", slice_of(opt.apns_topic));
-    hpack_field(b, 0, 0, "apns-push-type", S("alert"));
-    hpack_field(b, 0, 0, "apns-id", slice_of(p->uuid));
-    snprintf(number, sizeof number, "%lld", (long long)p->expires);
-    hpack_field(b, 0, 0, "apns-expiration", slice_of(number));
-    hpack_field(b, 0, 0, "apns-priority", S("10"));
-    if (*p->collapse != '\0') hpack_field(b, 0, 0, "apns-collapse-id", slice_of(p->collapse));
+    snprintf(text, sizeof text, "/3/device/%.*s", F(push_token(p)));
+    hpack_field(b, 0, 4, ":path", text);
+    hpack_field(b, 0, 1, ":authority", push.dial.host);
+    snprintf(text, sizeof text, "bearer %.*s", F(jwt));
+    if (jwt.len > 0) hpack_field(b, 0x10, 23, "authorization", text);   /* a secret: 0x10 */
+    hpack_field(b, 0, 31, "content-type", "application/json");
+    snprintf(text, sizeof text, "%u", p->payload.len);
+    hpack_field(b, 0, 28, "content-length", text);
+    hpack_field(b, 0, 0, "apns-topic", opt.apns_topic);
+    hpack_field(b, 0, 0, "apns-push-type", "alert");
+    hpack_field(b, 0, 0, "apns-id", p->uuid);
+    snprintf(text, sizeof text, "%lld", (long long)p->expires);
+    hpack_field(b, 0, 0, "apns-expiration", text);
+    hpack_field(b, 0, 0, "apns-priority", "10");
+    if (*p->collapse != '\0') hpack_field(b, 0, 0, "apns-collapse-id", p->collapse);
 }
 
 static void h2_request(struct conn *c, struct push *p) {
@@ -3864,8 +3847,7 @@ static void h2_tick(struct conn *c) {
         push_retry(p);
         g->timeouts++;
     }
-    if (!g->ready && now.ms - g->born_ms >= PUSH_SECONDS(10)) conn_lost(c, "no SETTINGS in time");
-    else if (g->timeouts >= 3) conn_lost(c, "it answers no more");
+    if (g->timeouts >= 3) conn_lost(c, "it answers no more");
     else if (g->asked_ms != 0 && now.ms - g->asked_ms >= PUSH_SECONDS(15)) conn_lost(c, "no answer to a PING");
     else if (g->drain_ms != 0 && (g->sent.n == 0 || now.ms >= g->drain_ms)) conn_close(c, "all is answered");
     else if (g->ready && g->asked_ms == 0 && quiet >= (g->sent.n > 0 ? PUSH_SECONDS(15) : PUSH_SECONDS(3600))) {
@@ -3961,7 +3943,8 @@ static ssize_t gate_feed(struct conn *c, char *p, size_t n) {
 
 static void gate_tick(struct conn *c) {
     struct gate *g = c->state;
-    if (!SSL_is_init_finished(c->ssl) && now.ms - g->born_ms >= PUSH_SECONDS(10)) conn_lost(c, "no connection in time");
+    bool begun = SSL_is_init_finished(c->ssl) && g->ready;
+    if (!begun && now.ms - g->born_ms >= PUSH_SECONDS(10)) conn_lost(c, "no connection, or no SETTINGS, in time");
     else if (push.binary) binary_tick(c);
     else h2_tick(c);
 }
@@ -4093,11 +4076,8 @@ static void push_target(void) {
     snprintf(push.port, sizeof push.port, "%d", (int)port);
     snprintf(push.next_port, sizeof push.next_port, "%d", (int)port + 1);
     if (!push.binary && opt.apns_topic == NULL) usage("--apns-topic is needed: the app's bundle id");
-    if (!push.binary && strlen(opt.apns_topic) > 255) usage("--apns-topic is longer than 255 bytes");
     if (opt.apns_key_id != NULL && (opt.apns_key == NULL || opt.apns_team_id == NULL))
         usage("--apns-key-id needs --apns-key and --apns-team-id");
-    if (opt.apns_key_id != NULL && (strlen(opt.apns_key_id) > 32 || strlen(opt.apns_team_id) > 32))
-        usage("--apns-key-id, --apns-team-id: longer than 32 bytes");
     if (opt.apns_key_id == NULL && opt.apns_cert == NULL)
         usage("--apns needs --apns-cert, or --apns-key with --apns-key-id and --apns-team-id");
     if (opt.apns_format == 1) usage("--apns-format: 0 or 2");
@@ -4135,10 +4115,8 @@ static void push_stop(void) {
     devices_compact(true);
 }
 
-static int push_status(void) { return push.test_status; }
-
-/* Queues the push of --push-test. */
-static void push_try(void) {
+/* --push-test: sends one push, and returns the status to exit with. */
+static int push_try(void) {
     if (!token_parse(slice_of(opt.push_test), &push.token))
         usage("--push-test: '%s' is no device token", opt.push_test);
     struct push *p = push_new(buf_slice(&push.token));
@@ -4148,6 +4126,8 @@ static void push_try(void) {
     buf_add(&p->payload, S("}}"));
     queue_add(p, NULL, 0);
     push_pump();
+    loop_run();
+    return push.test_status;
 }
 
 /* ==========================================================================
@@ -5201,7 +5181,7 @@ static struct option {
     char letter;
     uint32_t *number, min, max, initial;      /* where a number goes, or that it was given... */
     const char *(*take)(const char *value);   /* ...or who takes a text; NULL, or what is wrong... */
-    const char **text;                        /* ...or where it goes */
+    const char **text;                        /* ...or where it goes, and `max` is its length, or 0 */
     const char *help;
 } options[] = {
     {"port", "N", 'p', &opt.port, 0, 65535, 7272, NULL, NULL, "port to listen on; 0 picks a free one"},
@@ -5223,10 +5203,10 @@ static struct option {
     {"apns", "URL", 0, NULL, 0, 0, 0, NULL, &opt.apns, "push by https://api.push.apple.com or binary://HOST"},
     {"apns-cert", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.apns_cert, "with this certificate, and its key"},
     {"apns-key", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.apns_key, "key of that, or the .p8 file of..."},
-    {"apns-key-id", "ID", 0, NULL, 0, 0, 0, NULL, &opt.apns_key_id, "...this key, for HTTP/2"},
-    {"apns-team-id", "ID", 0, NULL, 0, 0, 0, NULL, &opt.apns_team_id, "of this team"},
+    {"apns-key-id", "ID", 0, NULL, 0, 32, 0, NULL, &opt.apns_key_id, "...this key, for HTTP/2"},
+    {"apns-team-id", "ID", 0, NULL, 0, 32, 0, NULL, &opt.apns_team_id, "of this team"},
     {"apns-passphrase-file", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.apns_passphrase_file, "of the key"},
-    {"apns-topic", "TOPIC", 0, NULL, 0, 0, 0, NULL, &opt.apns_topic, "bundle id of the app"},
+    {"apns-topic", "TOPIC", 0, NULL, 0, 255, 0, NULL, &opt.apns_topic, "bundle id of the app"},
     {"apns-ca", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.apns_ca, "trust these to vouch for the gateway (the system's)"},
     {"apns-format", "N", 0, &opt.apns_format, 0, 2, 2, NULL, NULL, "binary packets: command 0 or 2"},
     {"push-content", "WHAT", 0, NULL, 0, 0, 0, NULL, &opt.push_content, "shown: full, name or none (full)"},
@@ -5264,6 +5244,8 @@ static void option_set(struct option *o, const char *value) {
         usage("--%s: '%s' is not a number from %u to %u", o->name, value, o->min, o->max);
     if (o->number != NULL) *o->number = (uint32_t)number;
     if (o->text != NULL && value != NULL && *value == '\0') usage("--%s: %s is missing", o->name, o->arg);
+    if (o->text != NULL && o->max > 0 && strlen(value) > o->max)
+        usage("--%s: longer than %u bytes", o->name, o->max);
     if (o->text != NULL) *o->text = value;
     mains.given |= (uint64_t)1 << (o - options);
 }
@@ -5385,11 +5367,7 @@ int main(int argc, char **argv) {
     sigaction(SIGXFSZ, &ignore, NULL);   /* write() says it too */
     sigaction(SIGHUP, &hangup, NULL);
     sigaction(SIGCHLD, &ignore, NULL);   /* who looks up a name is not waited for */
-    if (opt.push_test != NULL) {
-        push_try();
-        loop_run();
-        return push_status();
-    }
+    if (opt.push_test != NULL) return push_try();
     if (mains.n_binds == 0) listen_on(NULL, &page_site);
     for (uint32_t i = 0; i < mains.n_binds; i++) listen_on(mains.binds[i], &page_site);
     if (opt.admin != NULL) listen_on(opt.admin, &admin_site);
