@@ -2821,7 +2821,7 @@ struct push {
     struct buf reply;                 /* the body of the answer */
     int64_t due_ms;                   /* when to send it; then, when it was sent */
     int64_t expires, registered_ms;   /* on the wall clock */
-    int64_t window;                   /* HTTP/2: bytes that its stream may still carry */
+    int64_t window;                   /* HTTP/2: what its stream may still carry, less what all may at first */
     uint32_t id, unsent, tries;       /* of its stream, or identifier; bytes of the payload */
     int status;                       /* answered so far */
     char uuid[37], collapse[ID_BYTES + 1];
@@ -3170,15 +3170,16 @@ static bool push_own(const struct device *d, const struct audience *a) {
     return d->uid.len > 0 && slice_eq(buf_slice(&a->uid), buf_slice(&d->uid));
 }
 
-static void push_write(struct buf *b, const struct subscription *s, slice body, bool cut) {
+static void push_write(struct buf *b, const struct subscription *s, slice body) {
     const struct audience *a = s->audience;
     bool named = push.named && !push_own(s->device, a);   /* the last one may be its user's own */
+    bool cut = named && push.full && body.len < a->body.len;
     buf_clear(b);
     buf_add(b, S("{\"aps\":{\"alert\":{"));
     if (named) json_add(b, "title", buf_slice(&a->title));
     if (named) json_add(b, "body", push.full ? body : S("New message"));
     else json_add(b, "loc-key", S("NEW_MESSAGE"));
-    if (cut) b->len--, buf_add(b, S("\xe2\x80\xa6\""));
+    if (cut) b->len--, buf_add(b, S("\xe2\x80\xa6\""));   /* an ellipsis */
     buf_printf(b, "},\"badge\":%u,\"sound\":\"default\"", s->device->unread);
     if (push.named) json_add(b, "thread-id", slice_cut(audience_key(a), 6));
     buf_add(b, S("}}"));
@@ -3195,12 +3196,12 @@ static void push_fill(struct push *p) {
     memcpy(p->collapse, s->audience->id, sizeof p->collapse);
     slice body = buf_slice(&s->audience->body);
     struct buf *b = &p->payload;
-    push_write(b, s, body, false);
+    push_write(b, s, body);
     while (b->len > limit && body.len > 0) {
         size_t less = (b->len - limit + 5) / 6;   /* no byte has become more than the six of \u0001 */
         body.len -= less < body.len ? less : body.len;
         while (body.len > 0 && (body.p[body.len] & 0xc0) == 0x80) body.len--;   /* between two characters */
-        push_write(b, s, body, push.full);
+        push_write(b, s, body);
     }
     device_write(s->device, NULL, NULL);
 }
@@ -3385,7 +3386,7 @@ static const struct answer {
     {"Unregistered", 0, 999, DEAD, "the app is no longer on that phone: the token is dead"},
     {"ExpiredToken", 0, 999, DEAD, "the token has expired: it is dead"},
     {NULL, 410, 410, DEAD, "the token is dead"},
-    {"BadDeviceToken", 0, 999, SUSPECT, "no such device token there: it is dead, or of the other environment (sandbox)"},
+    {"BadDeviceToken", 0, 999, SUSPECT, "no such token there: it is dead, or of the other environment (sandbox)"},
     {"DeviceTokenNotForTopic", 0, 999, SUSPECT, "the token is of another app than --apns-topic"},
     {"BadTopic", 0, 999, CONFIG, "--apns-topic is wrong: it is the app's bundle id"},
     {"MissingTopic", 0, 999, CONFIG, "--apns-topic is needed"},
@@ -3641,7 +3642,7 @@ static void h2_number(struct conn *c, int type, uint32_t id, uint32_t number) {
 /* Sends as much of the payload as the windows let through. */
 static void h2_data(struct conn *c, struct push *p) {
     struct gate *g = c->state;
-    int64_t most = p->window < g->window ? p->window : g->window;
+    int64_t of_stream = g->initial + p->window, most = of_stream < g->window ? of_stream : g->window;
     slice rest = slice_cut(buf_slice(&p->payload), p->payload.len - p->unsent);
     if (rest.len == 0 || most <= 0) return;
     if ((int64_t)rest.len > most) rest.len = (size_t)most;   /* less than a frame holds */
@@ -3681,7 +3682,7 @@ static void h2_request(struct conn *c, struct push *p) {
     h2_block(&block, p, push.key != NULL ? jwt_get() : S(""));
     p->id = g->next_id;
     g->next_id += 2;
-    p->window = g->initial;
+    p->window = 0;
     p->unsent = p->payload.len;
     h2_frame(&c->out, H2_HEADERS, H2_BLOCK_END, p->id, buf_slice(&block));
     h2_data(c, p);
@@ -3719,24 +3720,12 @@ static int h2_settings(struct conn *c, slice s) {
         if (what == 1 && value < 4096) g->resize = true;
         if (what == 3) g->limit = value < STREAMS_MAX ? value : STREAMS_MAX;
         if (what == 4 && value > INT32_MAX) return H2_FLOW;
-        for (struct push *p = g->sent.first; what == 4 && p != NULL; p = p->next) p->window += value - g->initial;
-        if (what == 4) g->initial = value;
+        if (what == 4) g->initial = value;   /* of those there are, too */
     }
     h2_frame(&c->out, H2_SETTINGS, H2_ACK, 0, S(""));
     g->ready = true;
     conn_touch(c);
     for (struct push *p = g->sent.first; p != NULL; p = p->next) h2_data(c, p);
-    return 0;
-}
-
-static int h2_window(struct conn *c, struct push *p, uint32_t id, uint32_t more) {
-    struct gate *g = c->state;
-    int64_t *window = id == 0 ? &g->window : p != NULL ? &p->window : NULL;
-    if (window == NULL) return 0;
-    *window += more & INT32_MAX;
-    if ((more & INT32_MAX) == 0) return H2_PROTOCOL;
-    if (*window > INT32_MAX) return H2_FLOW;
-    for (p = g->sent.first; p != NULL; p = p->next) h2_data(c, p);
     return 0;
 }
 
@@ -3814,7 +3803,13 @@ static int h2_handle(struct conn *c, int type, int flags, uint32_t id, slice s) 
         if ((flags & H2_ACK) == 0) h2_frame(&c->out, H2_PING, H2_ACK, 0, s), conn_touch(c);
         return 0;
     case H2_GOAWAY: return h2_goaway(c, s);
-    case H2_WINDOW: return h2_window(c, p, id, be32(s.p));
+    case H2_WINDOW:
+        if (id != 0 && p == NULL) return 0;
+        *(p != NULL ? &p->window : &g->window) += be32(s.p) & INT32_MAX;
+        if ((be32(s.p) & INT32_MAX) == 0) return H2_PROTOCOL;
+        if (g->window > INT32_MAX || (p != NULL && g->initial + p->window > INT32_MAX)) return H2_FLOW;
+        for (p = g->sent.first; p != NULL; p = p->next) h2_data(c, p);
+        return 0;
     default: return 0;
     }
 }
@@ -3823,16 +3818,13 @@ static ssize_t h2_feed(struct conn *c, char *p, size_t n) {
     struct gate *g = c->state;
     if (n < 9) return 0;
     size_t len = be32(p) >> 8;
-    int error = len > H2_FRAME_MAX ? H2_SIZE : 0;
-    if (error == 0 && n < 9 + len) return 0;
-    g->asked_ms = 0;
-    if (error == 0) error = h2_handle(c, (uint8_t)p[3], (uint8_t)p[4], be32(p + 5) & INT32_MAX, (slice){p + 9, len});
-    if (error != 0) {
-        g->error = error;
-        conn_close(c, g->ready ? "it broke the rules of HTTP/2" : "it does not speak HTTP/2");
-        return -1;
-    }
-    return (ssize_t)(9 + len);
+    if (len <= H2_FRAME_MAX && n < 9 + len) return 0;
+    g->asked_ms = 0;   /* a sign of life */
+    g->error = len > H2_FRAME_MAX ? H2_SIZE : h2_handle(c, (uint8_t)p[3], (uint8_t)p[4], be32(p + 5) & INT32_MAX,
+                                                        (slice){p + 9, len});
+    if (g->error == 0) return (ssize_t)(9 + len);
+    conn_close(c, g->ready ? "it broke the rules of HTTP/2" : "it does not speak HTTP/2");
+    return -1;
 }
 
 /* Who does not answer: a push, or nothing at all. */
@@ -4062,16 +4054,15 @@ static bool push_reload(void) {
 
 /* Understands --apns, and checks what goes with it. */
 static void push_target(void) {
-    slice rest = slice_of(opt.apns), host = S("");
+    slice rest = slice_of(opt.apns);
     push.binary = slice_starts(rest, S("binary://"));
-    if (!push.binary && !slice_starts(rest, S("https://")))
-        usage("--apns: '%s' is not https://HOST or binary://HOST", opt.apns);
-    rest = slice_cut(rest, push.binary ? 9 : 8);
+    bool known = push.binary || slice_starts(rest, S("https://"));
+    rest = slice_cut(rest, known ? (push.binary ? 9 : 8) : 0);
     if (rest.len > 0 && rest.p[rest.len - 1] == '/') rest.len--;
-    host = slice_split(&rest, ':');
+    slice host = slice_split(&rest, ':');
     int64_t port = rest.len > 0 ? slice_number(rest, 10) : push.binary ? 2195 : 443;
-    if (host.len == 0 || host.len >= sizeof push.host || port < 1 || port > 65534)
-        usage("--apns: '%s' has no host, or a wrong port", opt.apns);
+    if (!known || host.len == 0 || host.len >= sizeof push.host || port < 1 || port > 65534)
+        usage("--apns: '%s' is not https://HOST[:PORT] or binary://HOST[:PORT]", opt.apns);
     memcpy(push.host, host.p, host.len);
     snprintf(push.port, sizeof push.port, "%d", (int)port);
     snprintf(push.next_port, sizeof push.next_port, "%d", (int)port + 1);
