@@ -2850,8 +2850,14 @@ struct gate {
                                                   that block is the end; it ends as it should */
 };
 
-/* What is counted, for /metrics. */
+/* What is counted, for /metrics, and its name there. */
 enum count { SENT, ACCEPTED, RETRIED, UNKNOWN, EXPIRED, OVERFLOWED, REFUSED, GONE_410, GONE_400, COUNTS };
+
+static const char *const count_names[COUNTS] = {
+    "sent_total", "ok_total", "retried_total", "unknown_total", "dropped_total{why=\"expired\"}",
+    "dropped_total{why=\"overflow\"}", "dropped_total{why=\"refused\"}", "tokens_removed_total{status=\"410\"}",
+    "tokens_removed_total{status=\"400\"}",
+};
 
 static struct {
     struct table devices, audiences;
@@ -3271,14 +3277,12 @@ static bool jwt_bare(const unsigned char *der, size_t n, unsigned char bare[64])
 static void jwt_make(struct buf *jwt, int64_t iat) {
     unsigned char der[160], bare[64];
     size_t n = sizeof der;
-    struct buf json = {0};
-    buf_printf(&json, "{\"alg\":\"ES256\",\"kid\":\"%s\"}", opt.apns_key_id);
-    base64url(jwt, buf_slice(&json));
-    buf_clear(&json);
-    buf_printf(&json, "{\"iss\":\"%s\",\"iat\":%lld}", opt.apns_team_id, (long long)iat);
+    char json[100];   /* an id has up to 32 bytes */
+    snprintf(json, sizeof json, "{\"alg\":\"ES256\",\"kid\":\"%s\"}", opt.apns_key_id);
+    base64url(jwt, slice_of(json));
     buf_addc(jwt, '.');
-    base64url(jwt, buf_slice(&json));
-    buf_free(&json);
+    snprintf(json, sizeof json, "{\"iss\":\"%s\",\"iat\":%lld}", opt.apns_team_id, (long long)iat);
+    base64url(jwt, slice_of(json));
     EVP_MD_CTX *sign = EVP_MD_CTX_new();
     bool ok = sign != NULL && EVP_DigestSignInit(sign, NULL, EVP_sha256(), NULL, push.key) == 1 &&
               EVP_DigestSign(sign, der, &n, (const unsigned char *)buf_slice(jwt).p, jwt->len) == 1;
@@ -3972,19 +3976,20 @@ static void push_tick(void) {
 
 /* Appends the figures, as Prometheus reads them. */
 static void push_metrics(struct buf *b) {
-    static const char *const names[COUNTS] = {
-        "sent_total", "ok_total", "retried_total", "unknown_total", "dropped_total{why=\"expired\"}",
-        "dropped_total{why=\"overflow\"}", "dropped_total{why=\"refused\"}", "tokens_removed_total{status=\"410\"}",
-        "tokens_removed_total{status=\"400\"}",
+    const struct gate none = {0}, *g = push.gate != NULL ? push.gate->state : &none;
+    const struct {
+        const char *name;
+        int64_t value;
+    } gauges[] = {
+        {"queued", push.queue.n}, {"in_flight", g->sent.n}, {"devices", (int64_t)push.devices.n},
+        {"connected", g->ready}, {"streams_max", g->limit}, {"certificate_days", push.cert_days},
+        {"jwt_age_seconds", push.jwt.len > 0 ? (now.ms - push.jwt_ms) / 1000 : -1},
     };
-    const struct gate *g = push.gate != NULL ? push.gate->state : NULL;
-    int64_t jwt_s = push.jwt.len > 0 ? (now.ms - push.jwt_ms) / 1000 : -1;
-    buf_printf(b, "xchat_push_queued %u\nxchat_push_in_flight %u\nxchat_push_devices %zu\nxchat_push_connected %d\n"
-               "xchat_push_streams_max %u\nxchat_push_jwt_age_seconds %lld\nxchat_push_certificate_days %d\n"
-               "xchat_push_answer_seconds_sum %.3f\n", push.queue.n, g != NULL ? g->sent.n : 0,
-               push.devices.n, g != NULL && g->ready, g != NULL ? g->limit : 0, (long long)jwt_s, push.cert_days,
-               (double)push.latency_ms / 1000);
-    for (int i = 0; i < COUNTS; i++) buf_printf(b, "xchat_push_%s %llu\n", names[i], (unsigned long long)push.count[i]);
+    for (size_t i = 0; i < sizeof gauges / sizeof *gauges; i++)
+        buf_printf(b, "xchat_push_%s %lld\n", gauges[i].name, (long long)gauges[i].value);
+    buf_printf(b, "xchat_push_answer_seconds_sum %.3f\n", (double)push.latency_ms / 1000);
+    for (int i = 0; i < COUNTS; i++)
+        buf_printf(b, "xchat_push_%s %llu\n", count_names[i], (unsigned long long)push.count[i]);
     for (int i = 0; i < 600; i++)
         if (push.responses[i] > 0) buf_printf(b, "xchat_push_responses_total{status=\"%d\"} %llu\n", i,
                                               (unsigned long long)push.responses[i]);
