@@ -801,6 +801,7 @@ struct proto {
     void (*accepted)(struct conn *listener, struct conn *c);   /* a listener's: c is new */
     void (*message)(struct conn *c, slice text);               /* a WebSocket's: a text came */
     void (*tick)(struct conn *c);                              /* a second has passed */
+    void (*stop)(struct conn *c);                              /* the server ends; NULL: close it */
     void (*closed)(struct conn *c);                            /* it ends: leave, queue last words */
     void (*freed)(struct conn *c);                             /* its descriptor is closed */
     bool (*refill)(struct conn *c);                            /* `out` is empty: has it more for it? */
@@ -1023,6 +1024,7 @@ static const char *tls_why(SSL *ssl) {
     long verdict = ssl != NULL ? SSL_get_verify_result(ssl) : X509_V_OK;
     const char *why = ERR_reason_error_string(ERR_peek_error());
     if (verdict != X509_V_OK) return X509_verify_cert_error_string(verdict);
+    if (why != NULL && strcmp(why, "interrupted or cancelled") == 0) return "it needs a passphrase";
     return why != NULL ? why : errno != 0 ? strerror(errno) : "connection reset";
 }
 
@@ -1273,6 +1275,7 @@ static void dial_look_up(const struct dial *d, int fd) {
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list, *ai;
     struct address a;
     for (uint32_t i = 0; i < loop.n; i++) close(loop.conn[i]->fd);   /* a peer must see us close it */
+    for (int i = 0; i < 3; i++) close(i), signal((int[]){SIGTERM, SIGINT, SIGHUP}[i], SIG_DFL);   /* be no trouble */
     alarm(30);
     memset(&a, 0, sizeof a);
     if (getaddrinfo(d->host, d->port, &hints, &list) != 0) _exit(1);
@@ -1308,6 +1311,7 @@ static ssize_t dial_feed(struct conn *from, char *p, size_t n) {
               (connect(fd, (struct sockaddr *)&a.sa, a.len) == 0 || errno == EINPROGRESS);
     const char *why = strerror(errno);
     if (!ok && fd >= 0) close(fd);
+    if (!ok) d->attempt++;
     if (ok) {
         c = conn_new(fd, d->proto, NULL, true);
         c->peer = addr_of(&a.sa);
@@ -1434,7 +1438,11 @@ static void loop_stop(void) {
     log_info("stopping");
     loop.stop_ms = now.ms + CLOSE_MS - TICK_MS - 100;
     loop.flush();   /* what was said goes out before the goodbye */
-    for (uint32_t i = 0; i < loop.n; i++) conn_close(loop.conn[i], "server is stopping");
+    for (uint32_t i = 0; i < loop.n; i++) {
+        struct conn *c = loop.conn[i];
+        if (c->proto->stop != NULL && !c->closing) c->proto->stop(c);
+        else conn_close(c, "server is stopping");
+    }
 }
 
 static bool loop_stopping(void) { return loop.stop_ms != 0; }
@@ -2426,19 +2434,23 @@ static bool data_write(const char *name, slice text) {
 }
 
 /* Hands on the wanted fields of each line of a file that is JSON, if there is such a file.
- * Those that are missing are empty, and not NULL. */
-static void data_lines(const char *name, void (*take)(struct json_field *f), struct json_field *f, size_t n) {
+ * Those that are missing are empty, and not NULL. False, after a line in the log: it cannot
+ * be read, or not to its end. */
+static bool data_lines(const char *name, void (*take)(struct json_field *f), struct json_field *f, size_t n) {
     struct buf file = {0};
     size_t where;
     int fd = openat(histories.dir_fd, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    bool ok = fd >= 0 || errno == ENOENT;
     for (ssize_t got = 1; fd >= 0 && got > 0; file.len += got > 0 ? (uint32_t)got : 0)
-        got = read(fd, buf_room(&file, READ_BYTES), READ_BYTES);
+        ok = (got = read(fd, buf_room(&file, READ_BYTES), READ_BYTES)) >= 0;
+    if (!ok) log_warn("--data: %s cannot be read: %s", name, strerror(errno));
     if (fd >= 0) close(fd);
     for (slice rest = buf_slice(&file); rest.len > 0;) {
         for (size_t i = 0; i < n; i++) f[i].raw = S("");
         if (json_pick(slice_split(&rest, '\n'), f, n, &where) == NULL) take(f);
     }
     buf_free(&file);
+    return ok;
 }
 
 /* Opens the data directory, unless `dir` is NULL, for this server alone. */
@@ -2774,8 +2786,9 @@ static void room_leave(struct member *m) {
 enum {
     TOKEN_MIN = 8, TOKEN_MAX = 400,   /* hex digits */
     PAYLOAD_MAX = 4096,
-    DEVICES_MAX = 100000,
-    PUSH_QUEUE = 16384,               /* pushes waiting or unanswered; then the oldest goes */
+    DEVICES_MAX = 20000,
+    PUSH_QUEUE = 20000,               /* pushes that wait; then the oldest goes */
+    MISSED_MAX = 50,                  /* messages looked at when a silent phone is given up */
     PUSH_MERGE_MS = 1000,             /* what comes in this time is one push */
     PUSH_EXPIRE_S = 7 * 86400,        /* Apple keeps it so long for a phone that is off */
     PUSH_TRIES = 6,
@@ -2803,6 +2816,7 @@ struct audience {                     /* the phones of a room */
     struct subscription *first;
     struct buf title, body, uid;      /* what was said last, by whom... */
     char id[ID_BYTES + 1];            /* ...and its id; "": nothing since we started */
+    size_t fits;                      /* so much of the body fits into a push */
     uint8_t key_len;
     char key[];                       /* as the room's */
 };
@@ -2820,6 +2834,7 @@ struct push {
     struct buf payload;               /* empty: not written yet */
     struct buf reply;                 /* the body of the answer */
     int64_t due_ms;                   /* when to send it; then, when it was sent */
+    bool late;                        /* in push.later */
     int64_t expires, registered_ms;   /* on the wall clock */
     int64_t window;                   /* HTTP/2: what its stream may still carry, less what all may at first */
     uint32_t id, unsent, tries;       /* of its stream, or identifier; bytes of the payload */
@@ -2844,7 +2859,8 @@ struct gate {
     uint32_t block_of;                /* the stream whose header block is not complete, or 0 */
     struct buf block;
     int64_t born_ms;
-    uint32_t timeouts, errors;        /* in a row */
+    uint32_t timeouts, errors, refused;   /* in a row */
+    bool answered;                    /* at least once */
     int error;                        /* what it has done wrong, to be told */
     bool ready, resize, block_ends, orderly;   /* SETTINGS came; table size 0 is to be said;
                                                   that block is the end; it ends as it should */
@@ -2861,7 +2877,7 @@ static const char *const count_names[COUNTS] = {
 
 static struct {
     struct table devices, audiences;
-    struct list queue;                /* by the time when they are due */
+    struct list queue, later;         /* due; or not yet, in any order */
     struct dial dial, feedback;
     char host[256], port[8], next_port[8];   /* of --apns; that of the feedback service */
     struct conn *gate;                /* the gateway that new ones are sent to, or NULL */
@@ -2869,8 +2885,10 @@ static struct {
     int64_t feedback_ms;
     uint32_t fails, next_id;
     bool binary, full, named;         /* --apns; --push-content */
-    bool alarmed, failing;            /* said so in the log: no push will do; devices are not stored */
+    bool failing;                     /* said so in the log: devices are not stored */
+    int64_t alarm_ms;                 /* not before then: say that no push will do */
     EVP_PKEY *key;                    /* for tokens that prove who we are (JWT, RFC 7519) */
+    uint64_t key_hash;                /* tells it from others */
     struct buf jwt;
     int64_t jwt_ms;                   /* made at */
     int cert_days;                    /* left, when we started; -1: there is none */
@@ -2881,10 +2899,11 @@ static struct {
     } verdicts[VERDICTS];
     uint32_t n_verdicts;
     int file;                         /* the list of devices, or -1 */
-    uint32_t file_lines;
+    uint32_t file_lines, kept_lines;  /* in it; when it was written anew */
+    int64_t compact_ms;               /* not before then: write it anew */
     struct buf lines;                 /* to be added to it */
     struct buf text, token;           /* decoded fields */
-    int test_status;                  /* of --push-test */
+    int64_t start_ms;                 /* of --push-test */
     uint64_t count[COUNTS], latency_ms, responses[600];
 } push;
 
@@ -2970,17 +2989,17 @@ static struct subscription *push_place(const struct push *p) {
 
 /* Queues a push, of this subscription or NULL: 0 is before all others. */
 static void queue_add(struct push *p, struct subscription *s, int64_t due_ms) {
-    struct push *before = due_ms > 0 ? push.queue.last : NULL;
-    while (before != NULL && before->due_ms > due_ms) before = before->prev;
     p->due_ms = due_ms;
-    list_add(&push.queue, before, p);
+    p->late = due_ms > 0;
+    if (p->late) list_add(&push.later, push.later.last, p);
+    else list_add(&push.queue, NULL, p);
     if (s != NULL) s->waiting = p;
 }
 
 static struct push *queue_take(struct push *p) {
     struct subscription *s = push_place(p);
     if (s != NULL) s->waiting = NULL;
-    return list_remove(&push.queue, p);
+    return list_remove(p->late ? &push.later : &push.queue, p);
 }
 
 /* ---- Devices. Each change is a line added to a file, which is written anew when most of
@@ -3020,11 +3039,14 @@ static void device_write(const struct device *d, const struct subscription *s, c
 static void devices_store(void) {
     slice s = buf_slice(&push.lines);
     if (s.len == 0) return;
-    bool ok = write(push.file, s.p, s.len) == (ssize_t)s.len;
-    if (!ok && !push.failing) log_warn("--data: devices cannot be stored: %s", strerror(errno));
+    ssize_t n = write(push.file, s.p, s.len);
+    bool ok = n == (ssize_t)s.len;
+    if (!ok && !push.failing) log_warn("--data: devices cannot be stored: %s", strerror(n < 0 ? errno : ENOSPC));
     push.failing = !ok;
-    if (!ok) push.file_lines = UINT32_MAX / 2;   /* write all of it again, when that is possible */
     buf_free(&push.lines);
+    if (ok) return;
+    push.file_lines = UINT32_MAX / 2;     /* write all of it again, when that is possible */
+    buf_addc(&push.lines, '\n');          /* and nothing behind half a line */
 }
 
 /* Writes a whole new file instead of the old one; at the end with all that waits. */
@@ -3032,15 +3054,18 @@ static void devices_compact(bool end) {
     if (opt.data == NULL) return;
     buf_clear(&push.lines);
     push.file_lines = 0;
+    push.compact_ms = now.ms + PUSH_SECONDS(60);
     for (size_t i = 0; i < push.devices.cap; i++) {
         const struct device *d = push.devices.slot[i];
         for (struct subscription *s = d != NULL ? d->first : NULL; s != NULL; s = s->also)
             device_write(d, s, end ? s->waiting : NULL);
     }
-    if (data_write("devices", buf_slice(&push.lines))) {
-        if (push.file >= 0) close(push.file);
-        push.file = history_openat((struct path){"devices"}, O_WRONLY | O_APPEND);
-    }
+    push.kept_lines = push.file_lines;
+    bool ok = data_write("devices", buf_slice(&push.lines));
+    int fd = ok ? history_openat((struct path){"devices"}, O_WRONLY | O_APPEND) : -1;
+    if (fd >= 0 && push.file >= 0) close(push.file);
+    if (fd >= 0) push.file = fd;
+    else push.file_lines = UINT32_MAX / 2;
     buf_free(&push.lines);
 }
 
@@ -3100,7 +3125,7 @@ static struct device *device_hold(slice token, slice uid) {
  * are too many. */
 static struct subscription *device_join(struct device *d, slice room) {
     struct audience *a = table_find(&push.audiences, room);
-    struct subscription *s = device_in(d, a), **oldest = &d->first;
+    struct subscription *s = device_in(d, a), **at = &d->first;
     if (s != NULL) return s;
     if (a == NULL) {
         a = xcalloc(sizeof *a + room.len);
@@ -3109,10 +3134,15 @@ static struct subscription *device_join(struct device *d, slice room) {
         table_add(&push.audiences, a);
     }
     s = xcalloc(sizeof *s);
-    *s = (struct subscription){.device = d, .audience = a, .next = a->first, .also = d->first};
-    a->first = d->first = s;
-    for (size_t n = 0; *oldest != NULL && n < ROOMS_PER_CLIENT; n++) oldest = &(*oldest)->also;
-    if (*oldest != NULL) subscription_free(*oldest), *oldest = NULL;
+    *s = (struct subscription){.device = d, .audience = a, .next = a->first};
+    a->first = s;
+    size_t n = 0;
+    for (; *at != NULL; at = &(*at)->also) n++;
+    *at = s;
+    if (n < ROOMS_PER_CLIENT) return s;
+    struct subscription *oldest = d->first;
+    d->first = oldest->also;
+    subscription_free(oldest);
     return s;
 }
 
@@ -3141,7 +3171,8 @@ static struct push *push_queue(struct subscription *s) {
     struct push *p = push_new(device_key(s->device));
     p->audience = s->audience;
     p->registered_ms = s->device->registered_ms;
-    if (push.queue.n >= PUSH_QUEUE) push_drop(queue_take(push.queue.first), OVERFLOWED);
+    if (push.queue.n + push.later.n >= PUSH_QUEUE)
+        push_drop(queue_take(push.queue.n > 0 ? push.queue.first : push.later.first), OVERFLOWED);
     queue_add(p, s, now.ms + PUSH_MERGE_MS);
     return p;
 }
@@ -3176,16 +3207,15 @@ static bool push_own(const struct device *d, const struct audience *a) {
     return d->uid.len > 0 && slice_eq(buf_slice(&a->uid), buf_slice(&d->uid));
 }
 
-static void push_write(struct buf *b, const struct subscription *s, slice body) {
+static void push_write(struct buf *b, const struct subscription *s) {
     const struct audience *a = s->audience;
     bool named = push.named && !push_own(s->device, a);   /* the last one may be its user's own */
-    bool cut = named && push.full && body.len < a->body.len;
     buf_clear(b);
     buf_add(b, S("{\"aps\":{\"alert\":{"));
     if (named) json_add(b, "title", buf_slice(&a->title));
-    if (named) json_add(b, "body", push.full ? body : S("New message"));
+    if (named) json_add(b, "body", push.full ? slice_take(buf_slice(&a->body), a->fits) : S("New message"));
     else json_add(b, "loc-key", S("NEW_MESSAGE"));
-    if (cut) b->len--, buf_add(b, S("\xe2\x80\xa6\""));   /* an ellipsis */
+    if (named && push.full && a->fits < a->body.len) b->len--, buf_add(b, S("\xe2\x80\xa6\""));
     buf_printf(b, "},\"badge\":%u,\"sound\":\"default\"", s->device->unread);
     if (push.named) json_add(b, "thread-id", slice_cut(audience_key(a), 6));
     buf_add(b, S("}}"));
@@ -3196,18 +3226,16 @@ static size_t push_limit(void) { return !push.binary ? PAYLOAD_MAX : opt.apns_fo
 /* Writes the payload of a push that waits, unless it has the last message already: as much
  * of the text as fits. */
 static void push_fill(struct push *p) {
-    size_t limit = push_limit();
     const struct subscription *s = push_place(p);
-    if (s == NULL || *s->audience->id == '\0' || strcmp(s->audience->id, p->collapse) == 0) return;
-    memcpy(p->collapse, s->audience->id, sizeof p->collapse);
-    slice body = buf_slice(&s->audience->body);
-    struct buf *b = &p->payload;
-    push_write(b, s, body);
-    while (b->len > limit && body.len > 0) {
-        size_t less = (b->len - limit + 5) / 6;   /* no byte has become more than the six of \u0001 */
-        body.len -= less < body.len ? less : body.len;
-        while (body.len > 0 && (body.p[body.len] & 0xc0) == 0x80) body.len--;   /* between two characters */
-        push_write(b, s, body);
+    struct audience *a = s != NULL ? s->audience : NULL;
+    if (a == NULL || *a->id == '\0' || strcmp(a->id, p->collapse) == 0) return;
+    memcpy(p->collapse, a->id, sizeof p->collapse);
+    push_write(&p->payload, s);
+    while (p->payload.len > push_limit() && a->fits > 0 && push.full) {
+        size_t less = (p->payload.len - push_limit() + 5) / 6;   /* a byte has become six at the most: \u0001 */
+        a->fits -= less < a->fits ? less : a->fits;
+        while (a->fits > 0 && (buf_slice(&a->body).p[a->fits] & 0xc0) == 0x80) a->fits--;   /* between characters */
+        push_write(&p->payload, s);
     }
     device_write(s->device, NULL, NULL);
 }
@@ -3216,6 +3244,9 @@ static void push_fill(struct push *p) {
 static void push_tell(struct subscription *s, uint32_t n) {
     s->device->unread += n;
     if (s->waiting == NULL) push_queue(s);
+    int64_t soon_ms = now.ms + PUSH_SECONDS(10);
+    if (s->waiting->tries > 0 && s->waiting->due_ms > soon_ms) s->waiting->due_ms = soon_ms;   /* it is news again */
+    s->waiting->tries = 0;
 }
 
 /* `said` of the rooms. */
@@ -3232,6 +3263,7 @@ static void push_said(slice key, slice line) {
     html_text(&a->body, content.len > 6 * PAYLOAD_MAX ? slice_take(content, 6 * PAYLOAD_MAX) : content);
     json_get(f[2].raw, &a->uid);
     memcpy(a->id, f[3].raw.p + 1, ID_BYTES);
+    a->fits = a->body.len;
     for (struct subscription *s = a->first; s != NULL; s = s->next)
         if (s->device->online == 0 && !push_own(s->device, a)) push_tell(s, 1);
 }
@@ -3240,15 +3272,16 @@ static void push_said(slice key, slice line) {
  * room may not have reached it; its own words, those of the client `self`, did. */
 static void push_missed(struct device *d, struct history *h, uint64_t since, slice self) {
     struct subscription *s = device_in(d, table_find(&push.audiences, history_key(h)));
-    struct json_field from = {.name = "from_client_id"};
+    struct json_field f[] = {{.name = "from_client_id"}, {.name = "from_uid"}};
     uint64_t at = h->end;
     uint32_t n = 0;
     size_t where;
     slice line;
     if (s == NULL || d->online != 1) return;
-    for (int i = 0; i < HISTORY_MAX && history_before(h, &at, &line) && at >= since; i++) {
-        from.raw = S("  ");
-        if (json_pick(line, &from, 1, &where) == NULL && !slice_eq(json_inside(from.raw), self)) n++;
+    for (int i = 0; i < MISSED_MAX && at > since && history_before(h, &at, &line) && at >= since; i++) {
+        f[0].raw = f[1].raw = S("  ");
+        bool ok = json_pick(line, f, 2, &where) == NULL && !slice_eq(json_inside(f[0].raw), self);
+        if (ok && !(d->uid.len > 0 && slice_eq(json_inside(f[1].raw), buf_slice(&d->uid)))) n++;
     }
     if (n > 0) push_tell(s, n);
 }
@@ -3299,8 +3332,9 @@ static slice jwt_get(void) {
     buf_clear(&push.jwt);
     jwt_make(&push.jwt, now.wall);
     push.jwt_ms = now.ms;
-    buf_printf(&json, "{\"key_id\":\"%s\",\"team_id\":\"%s\",\"iat\":%lld,\"jwt\":\"%.*s\"}", opt.apns_key_id,
-               opt.apns_team_id, (long long)now.wall, F(buf_slice(&push.jwt)));
+    buf_printf(&json, "{\"key_id\":\"%s\",\"team_id\":\"%s\",\"iat\":%lld,\"jwt\":\"%.*s\",\"key\":\"%016llx\"}",
+               opt.apns_key_id, opt.apns_team_id, (long long)now.wall, F(buf_slice(&push.jwt)),
+               (unsigned long long)push.key_hash);
     if (opt.data != NULL) data_write("apns-jwt", buf_slice(&json));
     buf_free(&json);
     return buf_slice(&push.jwt);
@@ -3309,7 +3343,9 @@ static slice jwt_get(void) {
 /* Takes up the one that is kept. */
 static void jwt_read(struct json_field *f) {
     int64_t age_ms = wall_ms() - slice_number(f[2].raw, 10) * 1000;
-    bool ours = json_is(f[0].raw, opt.apns_key_id) && json_is(f[1].raw, opt.apns_team_id);
+    char key[17];
+    snprintf(key, sizeof key, "%016llx", (unsigned long long)push.key_hash);
+    bool ours = json_is(f[0].raw, opt.apns_key_id) && json_is(f[1].raw, opt.apns_team_id) && json_is(f[4].raw, key);
     if (ours && age_ms >= 0 && age_ms < JWT_MS && json_text(f[3].raw, &push.jwt)) push.jwt_ms = now.ms - age_ms;
 }
 
@@ -3321,11 +3357,11 @@ static int64_t push_jitter(int64_t ms) {
     return now.ms + ms * (192 + random / 2) / 256;   /* 75 to 125 % */
 }
 
-/* Queues a push once more, unless it is not wanted any more. */
+/* Queues a push once more, unless there is a newer one, or the phone was there since. */
 static void push_again(struct push *p, int64_t due_ms) {
     struct subscription *s = push_place(p);
-    bool newer = s != NULL && (s->waiting != NULL || s->device->online > 0);
-    if (newer || (s == NULL && p->audience != NULL)) {
+    bool seen = s != NULL && (s->waiting != NULL || s->device->registered_ms != p->registered_ms);
+    if (seen || (s == NULL && p->audience != NULL)) {
         push_free(p);
         return;
     }
@@ -3338,6 +3374,7 @@ static void push_again(struct push *p, int64_t due_ms) {
 /* Tries a push again, later each time. */
 static void push_retry(struct push *p) {
     static const int delays[PUSH_TRIES] = {0, 2, 10, 60, 300, 900};
+    if (opt.push_test != NULL) puts("not sent: there was no answer"), exit(1);
     if (++p->tries >= PUSH_TRIES) push_drop(p, REFUSED);
     else push_again(p, push_jitter(PUSH_SECONDS(delays[p->tries])));
 }
@@ -3348,11 +3385,29 @@ static void push_rewind(struct list *sent, const struct push *last) {
     while (sent->last != last) push_again(list_remove(sent, sent->last), 0);
 }
 
-/* Something is set up wrong, and every push would fail: says so, and waits. */
-static void push_pause(const char *reason, const char *words) {
-    if (!push.alarmed) log_warn("--apns: %s: %s; pushes wait, devices are kept", reason, words);
-    push.alarmed = true;
-    push.pause_ms = now.ms + PUSH_SECONDS(300);
+/* Something is set up wrong, and every push would fail: says so, now and then, and may wait. */
+static void push_alarm(const char *reason, const char *words, bool wait) {
+    if (now.ms >= push.alarm_ms) log_warn("--apns: %s: %s; devices are kept", reason, words);
+    if (now.ms >= push.alarm_ms) push.alarm_ms = now.ms + PUSH_SECONDS(300);
+    if (wait) push.pause_ms = now.ms + PUSH_SECONDS(300);
+}
+
+/* No connection could be made, or one is of no more use: says so, and waits. */
+static void gate_failed(const char *why, bool early) {
+    int wait_s = push.fails < 6 ? 1 << push.fails : 60;
+    if (opt.push_test != NULL) printf("not sent: %s\n", why), exit(1);
+    if (early && wait_s < 10) wait_s = 10;   /* it seems not to like us */
+    push.fails++;
+    push.redial_ms = push_jitter(PUSH_SECONDS(wait_s));
+    log_warn("--apns %s: %s; trying again in %d s", opt.apns, why, wait_s);
+}
+
+/* No new streams: another connection takes over, and this one waits for its answers. */
+static void gate_drain(struct conn *c) {
+    struct gate *g = c->state;
+    if (g->drain_ms == 0) g->drain_ms = now.ms + DRAIN_MS;
+    g->orderly = true;
+    if (push.gate == c) push.gate = NULL;
 }
 
 /* Remembers whether the token of this push was good. False: so many were bad lately that the fault must be ours. */
@@ -3364,7 +3419,7 @@ static bool push_judge(const struct push *p, bool bad) {
     if (i == push.n_verdicts && i < VERDICTS) push.n_verdicts++;
     push.verdicts[i] = v;
     for (i = 0; i < push.n_verdicts; i++) n_bad += push.verdicts[i].bad;
-    return push.proved && n_bad <= VERDICTS / 2;
+    return push.proved && 2 * n_bad <= push.n_verdicts;
 }
 
 static void push_done(struct push *p) {
@@ -3372,7 +3427,6 @@ static void push_done(struct push *p) {
     push.count[ACCEPTED]++;
     push.fails = 0;
     push.proved = true;
-    push.alarmed = false;
     push_free(p);
 }
 
@@ -3386,6 +3440,17 @@ static const struct answer {
     enum fate fate;
     const char *words;
 } answers[] = {
+    {"error", 0, 0, DONE, "no error"},
+    {"error", 1, 1, LATER, "there is trouble at the gateway"},
+    {"error", 2, 2, DROP, "no device token"},
+    {"error", 3, 3, CONFIG, "no topic: is this the right certificate?"},
+    {"error", 4, 4, DROP, "no payload"},
+    {"error", 5, 5, DEAD, "a device token of a wrong size"},
+    {"error", 6, 6, CONFIG, "a topic of a wrong size"},
+    {"error", 7, 7, DROP, "the payload is too long"},
+    {"error", 8, 8, SUSPECT, "the token is dead, or of the other environment (sandbox)"},
+    {"error", 10, 10, DONE, "it is going down"},
+    {"error", 255, 255, ONCE_MORE, "it could not read that"},
     {NULL, 200, 299, DONE, "accepted"},
     {"Unregistered", 0, 999, DEAD, "the app is no longer on that phone: the token is dead"},
     {"ExpiredToken", 0, 999, DEAD, "the token has expired: it is dead"},
@@ -3411,17 +3476,6 @@ static const struct answer {
     {"PayloadTooLarge", 0, 999, DROP, "the text is too long"},
     {NULL, 429, 429, LATER, "too many pushes to this phone: try again later"},
     {NULL, 500, 599, LATER, "there is trouble at the gateway: try again later"},
-    {"error", 0, 0, DONE, "no error"},
-    {"error", 1, 1, LATER, "there is trouble at the gateway"},
-    {"error", 2, 2, DROP, "no device token"},
-    {"error", 3, 3, CONFIG, "no topic: is this the right certificate?"},
-    {"error", 4, 4, DROP, "no payload"},
-    {"error", 5, 5, DEAD, "a device token of a wrong size"},
-    {"error", 6, 6, CONFIG, "a topic of a wrong size"},
-    {"error", 7, 7, DROP, "the payload is too long"},
-    {"error", 8, 8, SUSPECT, "the token is dead, or of the other environment (sandbox)"},
-    {"error", 10, 10, DONE, "it is going down"},
-    {"error", 255, 255, ONCE_MORE, "it could not read that"},
     {NULL, 0, 999, DROP, "not accepted"},
 };
 
@@ -3434,28 +3488,27 @@ static void push_answered(struct conn *c, struct push *p, int status, slice reas
     enum fate fate = a->fate;
     list_remove(&g->sent, p);
     if (status < 200 || status > 299) log_info("apns: %.8s...: %d %.*s: %s", p->token, status, F(reason), a->words);
-    if (opt.push_test != NULL) {
-        printf("%d %.*s: %s\n", status, F(reason), a->words);
-        push.test_status = fate != DONE;
-        p->tries = PUSH_TRIES;
-        g->orderly = true;
-        conn_close(c, "tested");
-    }
+    if (opt.push_test != NULL) printf("%d %.*s: %s\n", status, F(reason), a->words), exit(fate != DONE);
+    g->answered = true;
+    g->refused = 0;
     g->errors = status == 500 ? g->errors + 1 : 0;
     if (fate == ONCE_MORE) fate = p->tries == 0 ? LATER : DROP;
     if (fate == RENEW && now.ms - push.jwt_ms < JWT_AGAIN_MS) fate = CONFIG;
     if (fate == RENEW) buf_clear(&push.jwt);
-    if (fate == CONFIG) g->orderly = true, push_pause(a->reason, a->words);
-    if (fate >= RECONNECT || g->errors >= 2) conn_close(c, a->words);
+    if (fate == CONFIG) push_alarm(a->reason, a->words, true);
+    bool leave = (fate >= RECONNECT || g->errors >= 2) && g->drain_ms == 0;
+    if (leave && fate != CONFIG) gate_failed(a->words, false);
+    if (leave) gate_drain(c);   /* other answers may be on their way */
     bool dead = fate == DEAD || (fate == SUSPECT && push_judge(p, true));
-    if (fate == SUSPECT && !dead && push.n_verdicts >= 3)
-        push_pause(a->reason, "most tokens are refused: check --apns (environment) and --apns-topic");
+    if (fate == SUSPECT && !dead && push.n_verdicts >= 3)   /* who is in the chat could bring that about: do not wait */
+        push_alarm(a->reason, "most tokens are refused: check --apns (environment), --apns-topic", !push.proved);
     struct device *d = dead ? table_find(&push.devices, push_token(p)) : NULL;
     if (d != NULL && (since_ms > 0 ? d->registered_ms <= since_ms : d->registered_ms == p->registered_ms)) {
         push.count[status == 410 ? GONE_410 : GONE_400]++;
         push_forget(d);
     }
     if (fate == DONE) push_done(p);
+    else if (fate >= RENEW) push_again(p, 0);   /* which is not its fault */
     else if (fate >= LATER) push_retry(p);
     else push_drop(p, REFUSED);
 }
@@ -3506,13 +3559,14 @@ static ssize_t binary_feed(struct conn *c, char *p, size_t n) {
 /* Pushes that no error has come for are taken as accepted after a while. */
 static void binary_tick(struct conn *c) {
     struct gate *g = c->state;
-    for (struct push *p; (p = g->sent.first) != NULL;) {
+    struct push *p;
+    while ((p = g->sent.first) != NULL && c->out.len == 0) {
         int64_t age = now.ms - p->due_ms;
-        bool tested = opt.push_test != NULL && age >= FRESH_MS;
-        if (!tested && age < (g->sent.n > SENT_MAX ? SENT_MS : 12 * SENT_MS)) break;
-        if (tested) puts("sent, and no error came back"), push.test_status = 0, conn_close(c, "tested");
+        if (opt.push_test != NULL && age >= FRESH_MS) puts("sent, and no error came back"), exit(0);
+        if (age < (g->sent.n > SENT_MAX ? SENT_MS : 12 * SENT_MS)) break;
         push_done(list_remove(&g->sent, p));
     }
+    if (p != NULL && now.ms - p->due_ms > PUSH_SECONDS(90)) conn_lost(c, "it takes nothing");
 }
 
 /* The feedback service tells which tokens are dead: time (4), length (2), token. */
@@ -3527,10 +3581,17 @@ static ssize_t feedback_feed(struct conn *c, char *p, size_t n) {
     return (ssize_t)(6 + len);
 }
 
-static const struct proto feedback_proto = {.name = "feedback", .feed = feedback_feed, .closed = dial_closed};
+static void feedback_tick(struct conn *c) {
+    if (now.ms - c->heard_ms >= PUSH_SECONDS(30)) conn_lost(c, "it says nothing");
+}
+
+static const struct proto feedback_proto = {
+    .name = "feedback", .feed = feedback_feed, .tick = feedback_tick, .closed = dial_closed,
+};
 
 static void feedback_opened(struct conn *c, const char *why) {
     if (c == NULL) log_info("apns feedback: %s", why);
+    if (c == NULL) push.feedback_ms = now.ms + (int64_t)3600 * 1000;
 }
 
 /* ---- HPACK (RFC 7541). ---- */
@@ -3703,16 +3764,9 @@ static void h2_answer(struct conn *c, struct push *p) {
     g->timeouts = 0;
     push.latency_ms += (uint64_t)(now.ms - p->due_ms);
     push.responses[p->status > 0 && p->status < 600 ? p->status : 0]++;
-    push.count[UNKNOWN] += p->status == 0;
-    push_answered(c, p, p->status == 0 && p->reply.len == 0 ? 200 : p->status, reason, slice_number(f[1].raw, 10));
-}
-
-/* No new streams: another connection takes over, and this one waits for its answers. */
-static void h2_drain(struct conn *c) {
-    struct gate *g = c->state;
-    if (g->drain_ms == 0) g->drain_ms = now.ms + DRAIN_MS;
-    g->orderly = true;
-    if (push.gate == c) push.gate = NULL;
+    push.count[UNKNOWN] += p->status < 0;
+    int status = p->status >= 0 ? p->status : p->reply.len == 0 ? 200 : 0;
+    push_answered(c, p, p->status == 0 ? 500 : status, reason, slice_number(f[1].raw, 10));
 }
 
 static int h2_settings(struct conn *c, slice s) {
@@ -3741,8 +3795,8 @@ static int h2_goaway(struct conn *c, slice s) {
     log_info("apns: goodbye from the gateway, code %u %.*s", be32(s.p + 4), F(slice_cut(s, 8)));
     while (last != NULL && last->id > (be32(s.p) & INT32_MAX)) last = last->prev;
     push_rewind(&g->sent, last);
-    h2_drain(c);
-    if (be32(s.p + 4) != 0) g->orderly = false;   /* wait before connecting again */
+    if ((be32(s.p + 4) != 0 || (be32(s.p) == 0 && !g->answered)) && g->drain_ms == 0) gate_failed("it does not want us", false);
+    gate_drain(c);
     return 0;
 }
 
@@ -3754,7 +3808,7 @@ static int h2_headers(struct conn *c, struct push *p) {
     buf_free(&g->block);
     g->block_of = 0;
     if (status < 0) return H2_COMPRESSION;
-    if (!trailers && status >= 200) p->status = status;   /* 1xx are not the answer */
+    if (!trailers && (status >= 200 || status == 0)) p->status = status > 0 ? status : -1;   /* not 1xx */
     if (p != NULL && g->block_ends) h2_answer(c, p);
     return 0;
 }
@@ -3797,8 +3851,9 @@ static int h2_handle(struct conn *c, int type, int flags, uint32_t id, slice s) 
         if (p == NULL) return 0;
         if (p->status != 0) return h2_answer(c, p), 0;   /* the rest of the answer would not matter */
         list_remove(&g->sent, p);
-        if (be32(s.p) == H2_REFUSED) push_again(p, 0);
-        else push_retry(p);
+        if (be32(s.p) != H2_REFUSED) push_retry(p);
+        else push_again(p, 0);
+        if (++g->refused > 2 * STREAMS_MAX && g->drain_ms == 0) gate_failed("it refuses all", false), gate_drain(c);
         return 0;
     case H2_SETTINGS: return (flags & H2_ACK) != 0 ? 0 : h2_settings(c, s);
     case H2_PROMISE: return H2_PROTOCOL;
@@ -3859,7 +3914,7 @@ static void h2_tick(struct conn *c) {
 static bool gate_takes(const struct conn *c, const struct push *p) {
     const struct gate *g = c->state;
     bool room = !c->closing && g->ready && c->out.len < PUSH_OUT;
-    return room && (push.binary || (g->sent.n < g->limit && g->window >= p->payload.len));
+    return room && (push.binary ? g->sent.n < PUSH_QUEUE : g->sent.n < g->limit && g->window >= p->payload.len);
 }
 
 /* Has a gateway send a push. */
@@ -3872,12 +3927,12 @@ static void gate_send(struct conn *c, struct push *p) {
     if (push.binary) binary_packet(&c->out, p);
     else h2_request(c, p);
     conn_touch(c);
-    if (g->next_id >= INT32_MAX - 1) h2_drain(c);   /* no more numbers for streams */
+    if (g->next_id >= INT32_MAX - 1) gate_drain(c);   /* no more numbers for streams */
 }
 
 /* Sends what is due, as far as there is somebody who takes it. */
 static void push_pump(void) {
-    for (struct push *p; (p = push.queue.first) != NULL && p->due_ms <= now.ms && push.pause_ms <= now.ms;) {
+    for (struct push *p; (p = push.queue.first) != NULL && push.pause_ms <= now.ms;) {
         if (loop_stopping()) break;
         push_fill(p);
         bool fits = (!push.binary || p->token_len == 64) && p->payload.len <= push_limit();
@@ -3896,16 +3951,6 @@ static void push_pump(void) {
     devices_store();
 }
 
-/* No connection could be made, or one has broken: says so, and waits. */
-static void gate_failed(const char *why, bool early) {
-    int wait_s = push.fails < 6 ? 1 << push.fails : 60;
-    if (early && wait_s < 10) wait_s = 10;   /* it seems not to like us */
-    push.fails++;
-    push.redial_ms = push_jitter(PUSH_SECONDS(wait_s));
-    if (opt.push_test != NULL) printf("not sent: %s\n", why);
-    else log_warn("--apns %s: %s; trying again in %d s", opt.apns, why, wait_s);
-}
-
 /* `closed` of both protocols. */
 static void gate_closed(struct conn *c) {
     struct gate *g = c->state;
@@ -3915,13 +3960,14 @@ static void gate_closed(struct conn *c) {
     if (!push.binary && !c->lost && !c->eof) h2_frame(&c->out, H2_GOAWAY, 0, 0, (slice){last, sizeof last});
     /* When we cannot write any more, the reason may have come already. */
     if (push.binary && c->lost && begun && conn_recv(c, last, sizeof last) == 6) binary_feed(c, last, 6);
-    bool failed = !g->orderly && !loop_stopping() && push.test_status != 0;
+    bool failed = !g->orderly && !loop_stopping();
     if (failed && !begun && ++push.dial.attempt % push.dial.addresses != 0) push.redial_ms = now.ms;
     else if (failed) gate_failed(c->why, begun && !g->ready);
     if (!begun) push_rewind(&g->sent, NULL);
-    for (struct push *p; (p = g->sent.first) != NULL;) {
+    for (struct push *p; (p = g->sent.last) != NULL;) {   /* of two to one phone the newer stays */
+        bool over = push.binary && c->out.len == 0 && (loop_stopping() || now.ms - p->due_ms > FRESH_MS);
         list_remove(&g->sent, p);
-        if (push.binary && now.ms - p->due_ms > FRESH_MS) push_done(p);
+        if (over) push_done(p);
         else push_retry(p);
     }
     c->eof = true;
@@ -3941,15 +3987,24 @@ static void gate_tick(struct conn *c) {
     struct gate *g = c->state;
     bool begun = SSL_is_init_finished(c->ssl) && g->ready;
     if (!begun && now.ms - g->born_ms >= PUSH_SECONDS(10)) conn_lost(c, "no connection, or no SETTINGS, in time");
-    else if (push.binary) binary_tick(c);
-    else h2_tick(c);
+    else if (begun && push.binary) binary_tick(c);
+    else if (begun) h2_tick(c);
 }
 
-static const struct proto gate_proto = {.name = "apns", .feed = gate_feed, .tick = gate_tick, .closed = gate_closed};
+/* The server stops: what was sent may still be answered. */
+static void gate_stop(struct conn *c) {
+    struct gate *g = c->state;
+    gate_drain(c);
+    g->drain_ms = now.ms + 2 * TICK_MS;
+    if (g->sent.n == 0 || push.binary || !g->ready) conn_close(c, "server is stopping");
+}
+
+static const struct proto gate_proto = {.name = "apns", .feed = gate_feed, .tick = gate_tick,
+                                        .closed = gate_closed, .stop = gate_stop};
 
 /* `done` of the dial. */
 static void gate_opened(struct conn *c, const char *why) {
-    if (c == NULL) gate_failed(why, false);
+    if (c == NULL && !loop_stopping()) gate_failed(why, false);
     if (c == NULL) return;
     struct gate *g = c->state = xcalloc(sizeof *g);
     *g = (struct gate){.window = 65535, .initial = 65535, .limit = STREAMS_MAX, .next_id = 1, .born_ms = now.ms};
@@ -3970,8 +4025,16 @@ static void push_tick(void) {
         push.feedback_ms = now.ms + (int64_t)86400 * 1000;
         dial(&push.feedback);
     }
+    for (struct push *p = push.later.first, *next; p != NULL; p = next) {
+        next = p->next;
+        if (p->due_ms > now.ms) continue;
+        list_add(&push.queue, push.queue.last, list_remove(&push.later, p));
+        p->late = false;
+    }
     push_pump();
-    if (push.file_lines / 4 > push.devices.n + 1000) devices_compact(false);
+    if (opt.push_test != NULL && now.ms - push.start_ms >= PUSH_SECONDS(60))
+        puts("not sent: no answer in a minute"), exit(1);
+    if (push.file_lines / 4 > push.kept_lines + 1000 && now.ms >= push.compact_ms) devices_compact(false);
 }
 
 /* Appends the figures, as Prometheus reads them. */
@@ -3981,7 +4044,7 @@ static void push_metrics(struct buf *b) {
         const char *name;
         int64_t value;
     } gauges[] = {
-        {"queued", push.queue.n}, {"in_flight", g->sent.n}, {"devices", (int64_t)push.devices.n},
+        {"queued", push.queue.n + push.later.n}, {"in_flight", g->sent.n}, {"devices", (int64_t)push.devices.n},
         {"connected", g->ready}, {"streams_max", g->limit}, {"certificate_days", push.cert_days},
         {"jwt_age_seconds", push.jwt.len > 0 ? (now.ms - push.jwt_ms) / 1000 : -1},
     };
@@ -3995,15 +4058,19 @@ static void push_metrics(struct buf *b) {
                                               (unsigned long long)push.responses[i]);
 }
 
-/* The passphrase of --apns-key, from a file or the environment: its first line, and its length. */
-static size_t push_passphrase(char *phrase, size_t size) {
-    const char *given = getenv("XCHAT_APNS_PASSPHRASE");
-    FILE *f = opt.apns_passphrase_file != NULL ? fopen(opt.apns_passphrase_file, "r") : NULL;
-    if (opt.apns_passphrase_file != NULL && (f == NULL || fgets(phrase, (int)size, f) == NULL))
-        log_warn("--apns-passphrase-file %s: %s", opt.apns_passphrase_file, strerror(errno));
+/* Reads the passphrase of --apns-key, from a file (its first line) or the environment. False:
+ * there is none in the file. */
+static bool push_passphrase(char *phrase, size_t size) {
+    const char *given = getenv("XCHAT_APNS_PASSPHRASE"), *name = opt.apns_passphrase_file;
+    FILE *f = name != NULL ? fopen(name, "r") : NULL;
+    if (f != NULL) setvbuf(f, NULL, _IONBF, 0);   /* so that nothing is left of it */
+    errno = f != NULL ? 0 : errno;
+    bool ok = name == NULL || (f != NULL && fgets(phrase, (int)size, f) != NULL);
+    if (!ok) log_warn("--apns-passphrase-file %s: %s", name, errno != 0 ? strerror(errno) : "it is empty");
     if (f != NULL) fclose(f);
-    else if (given != NULL) snprintf(phrase, size, "%s", given);
-    return phrase[strcspn(phrase, "\r\n")] = '\0', strlen(phrase);
+    if (name == NULL && given != NULL) snprintf(phrase, size, "%s", given);
+    phrase[strcspn(phrase, "\r\n")] = '\0';
+    return ok;
 }
 
 /* Reads the key of --apns-key. NULL, or what is wrong with it. */
@@ -4015,6 +4082,14 @@ static const char *push_load_key(char *phrase) {
     bool ok = key != NULL && EVP_PKEY_base_id(key) == EVP_PKEY_EC && EVP_PKEY_bits(key) == 256;
     const char *why = ok ? NULL : key != NULL ? "not a P-256 key, as Apple's .p8 files have it" : tls_why(NULL);
     fclose(f);
+    unsigned char *der = NULL, hash[SHA256_DIGEST_LENGTH];
+    int n = ok ? i2d_PUBKEY(key, &der) : 0;
+    if (n > 0) SHA256(der, (size_t)n, hash);
+    OPENSSL_free(der);
+    uint64_t id = 0;
+    if (n > 0) memcpy(&id, hash, sizeof id);
+    if (id != push.key_hash) buf_clear(&push.jwt);   /* what the old key has signed is no good */
+    if (ok) push.key_hash = id;
     EVP_PKEY_free(ok ? push.key : key);
     if (ok) push.key = key;
     return why;
@@ -4023,7 +4098,8 @@ static const char *push_load_key(char *phrase) {
 /* Reads certificates and keys. False, after a line in the log: something is wrong, and all stays as it was. */
 static bool push_load(void) {
     char phrase[256] = "";
-    char *secret = push_passphrase(phrase, sizeof phrase) > 0 ? phrase : NULL;
+    if (!push_passphrase(phrase, sizeof phrase)) return false;
+    char *secret = *phrase != '\0' ? phrase : NULL;
     SSL_CTX *tls = tls_new(TLS_client_method(), secret);
     const char *why = NULL, *key = opt.apns_key != NULL && opt.apns_key_id == NULL ? opt.apns_key : opt.apns_cert;
     ERR_clear_error();
@@ -4052,8 +4128,10 @@ static bool push_load(void) {
 static bool push_reload(void) {
     if (opt.apns == NULL || !push_load()) return opt.apns == NULL;
     struct conn *c = push.gate;
-    if (c != NULL) h2_drain(c);
+    if (c != NULL) gate_drain(c);
     if (c != NULL && push.binary) conn_close(c, "new keys");
+    push.pause_ms = push.alarm_ms = push.redial_ms = push.n_verdicts = 0;
+    push.proved = false;
     return true;
 }
 
@@ -4087,7 +4165,7 @@ static bool push_init(void) {
     push.devices.key = device_key;
     push.audiences.key = audience_key;
     push.file = -1;
-    push.test_status = 1;
+    push.start_ms = now.ms;
     push.full = strcmp(opt.push_content, "full") == 0;
     push.named = push.full || strcmp(opt.push_content, "name") == 0;
     if (!push.named && strcmp(opt.push_content, "none") != 0) usage("--push-content: full, name or none");
@@ -4096,11 +4174,11 @@ static bool push_init(void) {
     push_target();
     if (!push_load()) return false;
     if (opt.data != NULL && push.key != NULL) data_lines("apns-jwt", jwt_read, (struct json_field[]){
-        {.name = "key_id"}, {.name = "team_id"}, {.name = "iat"}, {.name = "jwt"}}, 4);
+        {.name = "key_id"}, {.name = "team_id"}, {.name = "iat"}, {.name = "jwt"}, {.name = "key"}}, 5);
     if (opt.data == NULL || opt.push_test != NULL) return true;
-    data_lines("devices", device_read, (struct json_field[]){
+    if (!data_lines("devices", device_read, (struct json_field[]){
         {.name = "token"}, {.name = "at"}, {.name = "unread"}, {.name = "uid"}, {.name = "room"}, {.name = "payload"},
-        {.name = "id"}, {.name = "uuid"}, {.name = "expires"}}, 9);
+        {.name = "id"}, {.name = "uuid"}, {.name = "expires"}}, 9)) return false;
     devices_compact(false);
     return true;
 }
@@ -4108,11 +4186,12 @@ static bool push_init(void) {
 /* Keeps what could not be sent, for the next start. */
 static void push_stop(void) {
     for (struct push *p = push.queue.first; p != NULL; p = p->next) push_fill(p);
+    for (struct push *p = push.later.first; p != NULL; p = p->next) push_fill(p);
     devices_compact(true);
 }
 
-/* --push-test: sends one push, and returns the status to exit with. */
-static int push_try(void) {
+/* --push-test: sends one push, and says what came of it. */
+static void push_try(void) {
     if (!token_parse(slice_of(opt.push_test), &push.token))
         usage("--push-test: '%s' is no device token", opt.push_test);
     struct push *p = push_new(buf_slice(&push.token));
@@ -4123,7 +4202,6 @@ static int push_try(void) {
     queue_add(p, NULL, 0);
     push_pump();
     loop_run();
-    return push.test_status;
 }
 
 /* ==========================================================================
@@ -5363,7 +5441,7 @@ int main(int argc, char **argv) {
     sigaction(SIGXFSZ, &ignore, NULL);   /* write() says it too */
     sigaction(SIGHUP, &hangup, NULL);
     sigaction(SIGCHLD, &ignore, NULL);   /* who looks up a name is not waited for */
-    if (opt.push_test != NULL) return push_try();
+    if (opt.push_test != NULL) return push_try(), 1;
     if (mains.n_binds == 0) listen_on(NULL, &page_site);
     for (uint32_t i = 0; i < mains.n_binds; i++) listen_on(mains.binds[i], &page_site);
     if (opt.admin != NULL) listen_on(opt.admin, &admin_site);

@@ -49,8 +49,7 @@ RULES = {
     "answers": {},       # token -> list of answers, one a request; the last one stays
     "answer": {"status": 200},   # to all other tokens
     "mute": False,       # nothing is sent any more, not even the ACK of a PING
-    "deaf": False,       # accept, and never shake hands (for connections to come)
-    "vanish": None,      # "settings": close before SETTINGS
+    "vanish": False,     # close before SETTINGS
     "refill": 0,         # seconds until a WINDOW_UPDATE pays for DATA; None: never
     "max_age": None,     # 403 ExpiredProviderToken for an older JWT, in seconds
     "update_every": None,   # 429 TooManyProviderTokenUpdates for a second JWT within so many seconds
@@ -109,7 +108,7 @@ class Connection(asyncio.Protocol):
         tls = transport.get_extra_info("ssl_object")
         report("open", conn=self.number, alpn=tls.selected_alpn_protocol(), version=tls.version(),
                peer=tls.getpeercert())
-        if RULES["vanish"] == "settings":
+        if RULES["vanish"]:
             return transport.close()
         self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf-8"))
         values = {int(k): v for k, v in RULES["settings"].items()}
