@@ -1300,6 +1300,7 @@ static SSL *dial_tls(const struct dial *d, int fd) {
     return ssl;
 }
 
+/* The address has come: the socket is made, and is the caller's of dial() from now on. */
 static ssize_t dial_feed(struct conn *from, char *p, size_t n) {
     struct dial *d = from->state;
     struct address a;
@@ -2955,6 +2956,7 @@ static struct push *list_find(const struct list *l, uint32_t id) {
     return p;
 }
 
+/* A push to this token, for push_free(). It needs a payload. */
 static struct push *push_new(slice token) {
     struct push *p = xcalloc(sizeof *p + token.len);
     unsigned char r[16];
@@ -2976,6 +2978,7 @@ static void push_free(struct push *p) {
     free(p);
 }
 
+/* Ends a push that nobody was shown. */
 static void push_drop(struct push *p, enum count why) {
     push.count[why]++;
     push_free(p);
@@ -3069,6 +3072,7 @@ static void devices_compact(bool end) {
     buf_free(&push.lines);
 }
 
+/* Takes a subscription out of its room, with what waits for it; its device is the caller's task. */
 static void subscription_free(struct subscription *s) {
     struct subscription **at = &s->audience->first;
     if (s->waiting != NULL) push_free(queue_take(s->waiting));
@@ -3207,6 +3211,7 @@ static bool push_own(const struct device *d, const struct audience *a) {
     return d->uid.len > 0 && slice_eq(buf_slice(&a->uid), buf_slice(&d->uid));
 }
 
+/* Writes the payload for this phone, with as much of the text as is known to fit. */
 static void push_write(struct buf *b, const struct subscription *s) {
     const struct audience *a = s->audience;
     bool named = push.named && !push_own(s->device, a);   /* the last one may be its user's own */
@@ -3422,6 +3427,7 @@ static bool push_judge(const struct push *p, bool bad) {
     return push.proved && 2 * n_bad <= push.n_verdicts;
 }
 
+/* A push was accepted: what is set up is right. */
 static void push_done(struct push *p) {
     push_judge(p, false);
     push.count[ACCEPTED]++;
@@ -3795,7 +3801,8 @@ static int h2_goaway(struct conn *c, slice s) {
     log_info("apns: goodbye from the gateway, code %u %.*s", be32(s.p + 4), F(slice_cut(s, 8)));
     while (last != NULL && last->id > (be32(s.p) & INT32_MAX)) last = last->prev;
     push_rewind(&g->sent, last);
-    if ((be32(s.p + 4) != 0 || (be32(s.p) == 0 && !g->answered)) && g->drain_ms == 0) gate_failed("it does not want us", false);
+    bool unwanted = be32(s.p + 4) != 0 || (be32(s.p) == 0 && !g->answered);
+    if (unwanted && g->drain_ms == 0) gate_failed("it does not want us", false);
     gate_drain(c);
     return 0;
 }

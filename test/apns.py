@@ -99,13 +99,21 @@ def of_pki(name):
     return os.path.join(pki(), name)
 
 
-def free_port(numbers=itertools.count(20000 + os.getpid() * 16 % 10000, 2), lock=threading.Lock()):
-    """Two ports that nobody has, this and the next; below those that the kernel gives out."""
+def two_listeners(numbers=itertools.count(20000 + os.getpid() * 200 % 12000, 2), lock=threading.Lock()):
+    """At a port that nobody has and the next, below those that the kernel gives out."""
     with lock:
         for port in numbers:
-            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)), \
-                    socket.create_server(("127.0.0.1", port + 1)):
-                return port
+            with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+                both = [stack.enter_context(socket.create_server(("127.0.0.1", port + i))) for i in range(2)]
+                stack.pop_all()
+                return both
+
+
+def free_port():
+    """The first of two that are free."""
+    first, second = two_listeners()
+    with first, second:
+        return first.getsockname()[1]
 
 
 def listening(port):
@@ -282,9 +290,9 @@ class Binary:
         self.context.verify_mode = ssl.CERT_REQUIRED
         self.ending, self.live, self.may_read = False, set(), threading.Event()
         self.may_read.set()
-        self.port = free_port()
+        self.listeners = two_listeners()
+        self.port = self.listeners[0].getsockname()[1]
         self.url = f"binary://localhost:{self.port}"
-        self.listeners = [socket.create_server(("127.0.0.1", self.port + i)) for i in range(2)]
         if rcvbuf:
             self.listeners[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
         self.threads = [threading.Thread(target=self.serve, args=pair) for pair in
@@ -481,6 +489,25 @@ def dead_at_once():
         first = gateway.wait(3, 0)
         check(gateway.wait(2, 1) == first[1:], gateway.tokens(1))
         check(s.devices() == set(known), "it was forgotten")
+
+
+@case()
+def many_dead():
+    """Each dead token costs a connection: they come at once, but not more than ten in a second."""
+    begins = []
+
+    def rule(got):
+        begins.extend([time.monotonic()] * (len(got) == 1))
+        return [error(8, got[-1])] if got[-1].token.startswith("dead") else None
+    with Binary(*[rule] * 99) as gateway, Xchat(gateway.url) as s:
+        good = phones(s, 30, "good", prefix="0")
+        tell(s, room="good")
+        check(sorted(gateway.wait(30)) == sorted(good))
+        phones(s, 10, prefix="dead")
+        tell(s)
+        until(lambda: s.devices() == set(good), "the devices are not those that should be kept", SOON)
+        check([len(got) for got in gateway.got] == [31] + [1] * 9, "packets came", [len(got) for got in gateway.got])
+        check(min(b - a for a, b in zip(begins, begins[1:])) > 0.05, "in haste:", begins)
 
 
 @case()
@@ -736,6 +763,24 @@ def client_certificates():
             check(PHRASE not in take(f"/proc/{s.pid}/cmdline"), "the command line has the passphrase")
             check(80 < s.metric("certificate_days") < 100, s.metric("certificate_days"))
     at_once(LOGINS, row)
+
+
+@case()
+def new_certificate():
+    """SIGHUP: a gateway sees the new one from then on. One that cannot be read changes nothing."""
+    with directory() as d, Binary() as gateway:
+        path = shutil.copy(of_pki("client.pem"), os.path.join(d, "pem"))
+        with Xchat(gateway.url, login=("--apns-cert", path)) as s:
+            phones(s, 1)
+            for number, text in enumerate((None, take(of_pki("ca.pem")) + take(of_pki("ca.key")), "nothing")):
+                if text:
+                    put(path, text)
+                    s.signal(signal.SIGHUP)
+                    s.wait_log("read again" if number == 1 else "warn.*--apns-cert")
+                tell(s)
+                gateway.wait(number + 1)
+            check([TOPIC in subject for subject in gateway.subjects] == [True, False], gateway.subjects)
+            check([len(got) for got in gateway.got] == [1, 2], gateway.got)
 
 
 @case()

@@ -1,10 +1,12 @@
 /* Fuzz target for everything that strangers can send: HTTP heads, WebSocket frames,
- * JSON and chat messages, through the same functions that the loop calls; and for the
- * files of a history, which a crash or a bad disk may have damaged.
+ * JSON and chat messages, through the same functions that the loop calls; what gateways
+ * of push answer; and the files of a history and of devices, which a crash or a bad disk
+ * may have damaged.
  *
  * The first byte of an input chooses how it travels; the rest is what one connection
  * sends, cut into reads of that size. The descriptor is -1: nothing is really written,
- * and the connection ends when something is sent. Or (0x40) the rest is two files.
+ * and the connection ends when something is sent. Or the rest is two files (0x40), or
+ * push (0x60).
  *
  *     clang -fsanitize=fuzzer,address,undefined test/fuzz.c -lssl -lcrypto
  */
@@ -20,8 +22,8 @@ static char dir[64];
 
 static void clean(void) {
     char path[80];
-    static const char *const names[] = {"/rooms/f", "/rooms", ""};
-    for (size_t i = 0; i < 3; i++) snprintf(path, sizeof path, "%s%s", dir, names[i]), rmdir(path);
+    static const char *const names[] = {"/devices", "/rooms/f", "/rooms", ""};
+    for (size_t i = 0; i < 4; i++) snprintf(path, sizeof path, "%s%s", dir, names[i]), remove(path);
 }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
@@ -93,8 +95,244 @@ static void fuzz_history(const uint8_t *data, size_t size) {
     histories.dir_fd = -1;
 }
 
+/* What a gateway may answer (HTTP/2 or error packets), the feedback service tell, and a
+ * damaged DIR/devices hold. The first byte chooses which; of the first two the rest is a
+ * script: an opcode, and for some how much of what follows belongs to it. Between two steps
+ * all lists must be whole. */
+
+/* A client's end of TLS, shaken hands, that swallows what is sent. Each connection borrows it. */
+static SSL *shaken(void) {
+    static SSL *ends[2];
+    for (int i = 0; i < 2 && ends[1] == NULL; i++) {
+        SSL_CTX *tls = SSL_CTX_new(i == 0 ? TLS_client_method() : TLS_server_method());
+        SSL_CTX_set_max_proto_version(tls, TLS1_2_VERSION);
+        if (SSL_CTX_set_cipher_list(tls, "AECDH-AES128-SHA:@SECLEVEL=0") != 1) abort();   /* needs no certificate */
+        SSL_CTX_set_mode(tls, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+        ends[i] = SSL_new(tls);
+        SSL_CTX_free(tls);
+        SSL_set_quiet_shutdown(ends[i], 1);
+        if (i == 0) continue;
+        BIO *there = BIO_new(BIO_s_mem()), *back = BIO_new(BIO_s_mem());
+        BIO_up_ref(there), BIO_up_ref(back);
+        SSL_set_bio(ends[0], back, there), SSL_set_bio(ends[1], there, back);
+        SSL_set_connect_state(ends[0]), SSL_set_accept_state(ends[1]);
+        for (int n = 0; n < 4; n++) SSL_do_handshake(ends[0]), SSL_do_handshake(ends[1]);
+        if (!SSL_is_init_finished(ends[0])) abort();
+    }
+    SSL_set_shutdown(ends[0], 0);
+    if (BIO_reset(SSL_get_wbio(ends[0])) != 1) abort();
+    SSL_up_ref(ends[0]);
+    return ends[0];
+}
+
+static void check_list(const struct list *l, bool sent) {
+    const struct push *last = NULL;
+    uint32_t n = 0;
+    for (const struct push *p = l->first; p != NULL; last = p, p = p->next, n++) {
+        const struct subscription *s = push_place(p);
+        if (p->prev != last || (!sent && s != NULL && s->waiting != p)) abort();
+        if (sent && (p->payload.len == 0 || p->unsent > p->payload.len)) abort();
+        if (p->token_len < TOKEN_MIN || p->token_len > TOKEN_MAX || p->reply.len > REPLY_MAX) abort();
+    }
+    if (n != l->n || last != l->last) abort();
+}
+
+static size_t subscriptions(void) {
+    size_t n = 0, m = 0;
+    for (size_t i = 0; i < push.devices.cap; i++) {
+        const struct device *d = push.devices.slot[i];
+        for (const struct subscription *s = d != NULL ? d->first : NULL; s != NULL; s = s->also, n++)
+            if (s->device != d || (s->waiting != NULL && push_place(s->waiting) != s)) abort();
+    }
+    for (size_t i = 0; i < push.audiences.cap; i++) {
+        const struct audience *a = push.audiences.slot[i];
+        if (a != NULL && a->first == NULL) abort();
+        for (const struct subscription *s = a != NULL ? a->first : NULL; s != NULL; s = s->next, m++)
+            if (s->audience != a) abort();
+    }
+    if (n != m) abort();
+    return n;
+}
+
+static void check_push(void) {
+    check_list(&push.later, false);
+    check_list(&push.queue, false);
+    if (push.later.n + push.queue.n > PUSH_QUEUE + STREAMS_MAX) abort();
+    for (uint32_t i = 0; i < loop.n; i++) {
+        const struct gate *g = loop.conn[i]->proto == &gate_proto ? loop.conn[i]->state : NULL;
+        if (g == NULL) continue;
+        check_list(&g->sent, true);
+        bool odd = g->window > INT32_MAX || g->window < 0 || g->block.len > BLOCK_MAX;
+        if (odd && !loop.conn[i]->closing) abort();
+        if (!push.binary && g->sent.n > STREAMS_MAX) abort();
+    }
+    subscriptions();
+}
+
+static const char *const phones[] = {
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "bb000000bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
+    "cc000000000000cc", "dd000000dddddddddddddddddddddddddddddddddddddddddddddddddddddddd",
+};
+
+static slice phone_room(uint8_t byte) { return (byte & 16) != 0 ? S("rooms/a") : S("rooms/\"long\"-name-of-a-room"); }
+
+static void phone_said(uint8_t byte) {
+    static uint32_t number;
+    struct buf b = {0};
+    buf_printf(&b, "{\"from_client_name\":\"A&amp;n\",\"from_client_id\":\"7f00\",\"content\":\"<b>x</b>%*s\",", (byte & 7) * 700, "\\u0001");
+    buf_printf(&b, "\"id\":\"00000000-%016x\"}", ++number);
+    push_said(phone_room(byte), buf_slice(&b));
+    buf_free(&b);
+}
+
+static struct conn *phone_gate(void) {
+    struct conn *c = conn_new(-1, &gate_proto, NULL, true);
+    c->ssl = shaken();
+    gate_opened(c, NULL);
+    return c;
+}
+
+/* The end of a script: nothing may be left. */
+static void push_clean(void) {
+    for (uint32_t i = 0; i < loop.n; i++) conn_lost(loop.conn[i], "fuzzed");
+    loop_settle();
+    if (loop.n != 0 || push.gate != NULL) abort();
+    check_push();
+    for (size_t i = 0; push.devices.n > 0; i = (i + 1) & (push.devices.cap - 1)) {
+        struct device *d = push.devices.slot[i & (push.devices.cap - 1)];
+        if (d != NULL) d->online = 0, push_forget(d);
+        if (push.devices.cap == 0) break;
+    }
+    if (push.audiences.n != 0) abort();
+    while (push.queue.n > 0) push_free(queue_take(push.queue.first));
+    while (push.later.n > 0) push_free(queue_take(push.later.first));
+    buf_free(&push.lines);
+    push.redial_ms = push.pause_ms = push.fails = push.n_verdicts = 0;
+    push.proved = false;
+}
+
+/* `kind`: 0 HTTP/2; 1 and 2 the binary protocol, in formats 0 and 2. */
+static void fuzz_gateway(int kind, const uint8_t *data, size_t size) {
+    struct device *held[64];
+    size_t n_held = 0;
+    struct conn *c = NULL;
+    push.binary = kind != 0;
+    opt.apns_format = kind == 2 ? 2 : 0;
+    for (size_t i = 0; i < 8; i++) {
+        struct device *d = device_hold(slice_of(phones[i % 4]), i % 4 == 1 ? S("u") : S(""));
+        device_join(d, phone_room((uint8_t)(i < 4 ? 16 : 0)));
+        push_offline(d);
+    }
+    for (size_t at = 0; at + 1 < size;) {
+        uint8_t op = data[at] & 15, arg = data[at + 1];
+        at += 2;
+        size_t n = arg & 127u;
+        if (n > size - at) n = size - at;
+        slice rest = {(const char *)data + at, n};
+        if (push.gate == NULL && op < 8) c = phone_gate();
+        if (c == NULL) c = phone_gate();
+        if (op < 4 && n > 0 && !c->closing) { /* bytes as they are */
+            buf_add(&c->in, rest);
+            conn_feed_kept(c);
+            at += n;
+        } else if (op < 7 && !c->closing && n >= 3) {   /* a frame that is well formed */
+            static const uint8_t types[] = {H2_DATA, H2_HEADERS, H2_HEADERS, H2_RST, H2_SETTINGS, H2_PING, H2_GOAWAY, H2_WINDOW, H2_MORE};
+            int type = types[(uint8_t)rest.p[0] % sizeof types];
+            bool none = type == H2_SETTINGS || type == H2_PING || type == H2_GOAWAY;
+            h2_frame(&c->in, type, (uint8_t)rest.p[1], none ? 0 : (uint32_t)(uint8_t)rest.p[2], slice_cut(rest, 3));
+            conn_feed_kept(c);
+            at += n;
+        } else if (op == 7 && !push.binary && !c->closing) {
+            h2_frame(&c->in, H2_SETTINGS, 0, 0, S("\0\4\0\0\xff\xff\0\3\0\0\0\x20"));
+            conn_feed_kept(c);
+        } else if (op == 8 || op == 9) phone_said(arg);
+        else if (op == 10 && n_held < 64)
+            push_join(held[n_held++] = push_online(slice_of(phones[arg % 4]), arg & 4 ? S("v") : arg & 8 ? S("u") : S("")),
+                      phone_room(arg));
+        else if (op == 11 && n_held > 0) {
+            if ((arg & 1) != 0) push_forget(held[n_held - 1]);
+            push_offline(held[--n_held]);
+        } else if (op == 12) {
+            now.ms += 1 << (arg & 15), now.wall += (1 << (arg & 15)) / 1000;
+            if ((arg & 16) != 0) c->heard_ms = now.ms;
+            for (uint32_t i = 0; i < loop.n; i++)
+                if (!loop.conn[i]->closing) gate_tick(loop.conn[i]);
+            push_tick();
+        } else if (op == 13 && !c->closing) {
+            if ((arg & 3) == 0) gate_drain(c);
+            else if ((arg & 3) == 1) conn_lost(c, "lost");
+            else conn_close(c, "closed");
+        } else if (op == 14) loop_settle(), c = push.gate;
+        else if (c->out.len > OUT_HIGH) buf_clear(&c->out);
+        check_push();
+    }
+    while (n_held > 0) push_offline(held[--n_held]);
+}
+
+static void fuzz_feedback(const uint8_t *data, size_t size) {
+    for (size_t i = 0; i < 4; i++) {
+        struct device *d = device_hold(slice_of(phones[i]), S(""));
+        device_join(d, phone_room(0));
+        push_offline(d);
+    }
+    struct conn *c = conn_new(-1, &feedback_proto, NULL, true);
+    c->ssl = shaken();
+    for (size_t at = 0; at < size && !c->closing; at += 7) {
+        buf_add(&c->in, (slice){(const char *)data + at, size - at < 7 ? size - at : 7});
+        conn_feed_kept(c);
+        check_push();
+    }
+}
+
+static void devices_read(void) {
+    data_lines("devices", device_read, (struct json_field[]){
+        {.name = "token"}, {.name = "at"}, {.name = "unread"}, {.name = "uid"}, {.name = "room"}, {.name = "payload"},
+        {.name = "id"}, {.name = "uuid"}, {.name = "expires"}}, 9);
+    check_push();
+}
+
+/* What was read and written is read again as the same. */
+static void fuzz_devices(const uint8_t *data, size_t size) {
+    histories.dir_fd = open(dir, O_RDONLY | O_DIRECTORY);
+    int fd = openat(histories.dir_fd, "devices", O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    if (fd < 0 || write(fd, data, size) != (ssize_t)size) abort();
+    close(fd);
+    devices_read();
+    size_t n = push.devices.n, m = subscriptions();
+    opt.data = dir;
+    devices_compact(true);
+    opt.data = NULL;
+    push_clean();
+    devices_read();
+    if (push.devices.n != n || subscriptions() != m) abort();
+    unlinkat(histories.dir_fd, "devices", 0);
+    close(histories.dir_fd);
+    close(push.file);
+    push.file = histories.dir_fd = -1;
+}
+
+static void fuzz_push(const uint8_t *data, size_t size) {
+    if (size < 2) return;
+    clock_read();
+    opt.apns = "https://fuzz", opt.apns_topic = "t";
+    push.dial = (struct dial){.host = "fuzz", .addresses = 1, .busy = true};   /* so that nobody dials */
+    push.feedback.busy = true;
+    push.devices.key = device_key, push.audiences.key = audience_key;
+    push.file = -1;
+    push.named = (data[0] & 8) == 0, push.full = push.named && (data[0] & 16) == 0;
+    if ((data[0] & 7) < 3) fuzz_gateway(data[0] & 7, data + 1, size - 1);
+    else if ((data[0] & 7) == 3) fuzz_feedback(data + 1, size - 1);
+    else if ((data[0] & 7) == 4) fuzz_devices(data + 1, size - 1);
+    push_clean();
+    opt.apns = NULL;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (size < 1) return 0;
+    if ((data[0] & 0xe0) == 0x60) {
+        fuzz_push(data + 1, size - 1);
+        return 0;
+    }
     if ((data[0] & 0xc0) == 0x40) {
         if (size > 4) fuzz_history(data + 1, size - 1);
         return 0;
