@@ -2806,20 +2806,17 @@ enum {
 
 struct device {
     struct subscription *first;       /* its rooms; NULL: forgotten, but still connected */
-    struct buf uid;                   /* its user, or empty */
+    struct buf token, uid;            /* its user, or empty */
     int64_t registered_ms;            /* wall clock */
     uint32_t online, unread;          /* connections; messages missed since the last one */
-    uint16_t token_len;
-    char token[];
 };
 
 struct audience {                     /* the phones of a room */
     struct subscription *first;
+    struct buf key;                   /* as the room's */
     struct buf title, body, uid;      /* what was said last, by whom... */
     char id[ID_BYTES + 1];            /* ...and its id; "": nothing since we started */
     size_t fits;                      /* so much of the body fits into a push */
-    uint8_t key_len;
-    char key[];                       /* as the room's */
 };
 
 struct subscription {
@@ -2832,7 +2829,7 @@ struct subscription {
 struct push {
     struct push *prev, *next;         /* in the queue, or in those that a gateway was sent */
     const void *audience;             /* of which room; only to be compared. NULL: of --push-test */
-    struct buf payload;               /* empty: not written yet */
+    struct buf token, payload;        /* empty: not written yet */
     struct buf reply;                 /* the body of the answer */
     int64_t due_ms;                   /* when to send it; then, when it was sent */
     bool late;                        /* in push.later */
@@ -2840,9 +2837,7 @@ struct push {
     int64_t window;                   /* HTTP/2: what its stream may still carry, less what all may at first */
     uint32_t id, unsent, tries;       /* of its stream, or identifier; bytes of the payload */
     int status;                       /* answered so far */
-    char uuid[37], collapse[ID_BYTES + 1];
-    uint16_t token_len;
-    char token[];
+    char uuid[37], collapse[ID_BYTES + 1];   /* its own id; that of the message */
 };
 
 struct list {
@@ -2858,8 +2853,8 @@ struct gate {
     int64_t drain_ms;                 /* no new streams; over at this time. 0: not so */
     uint32_t next_id, limit, owed;    /* streams at a time; bytes to allow the peer again */
     uint32_t block_of;                /* the stream whose header block is not complete, or 0 */
-    struct buf block;
-    int64_t born_ms;
+    struct buf block;                 /* what came of it */
+    int64_t born_ms;                  /* when connecting began */
     uint32_t timeouts, errors, refused;   /* in a row */
     bool answered;                    /* at least once */
     int error;                        /* what it has done wrong, to be told */
@@ -2877,46 +2872,39 @@ static const char *const count_names[COUNTS] = {
 };
 
 static struct {
-    struct table devices, audiences;
+    struct table devices, audiences;  /* by token; by the key of the room */
     struct list queue, later;         /* due; or not yet, in any order */
-    struct dial dial, feedback;
-    char host[256], port[8], next_port[8];   /* of --apns; that of the feedback service */
+    struct dial dial, feedback;       /* to the gateway; to the feedback service */
+    char host[256], port[8], next_port[8];   /* of --apns; of the feedback service */
     struct conn *gate;                /* the gateway that new ones are sent to, or NULL */
     int64_t redial_ms, pause_ms;      /* not before then: connect; send */
-    int64_t feedback_ms;
-    uint32_t fails, next_id;
+    int64_t feedback_ms;              /* when to ask that again */
+    uint32_t fails, next_id;          /* connections that failed, in a row; binary: the last identifier */
     bool binary, full, named;         /* --apns; --push-content */
     bool failing;                     /* said so in the log: devices are not stored */
     int64_t alarm_ms;                 /* not before then: say that no push will do */
     EVP_PKEY *key;                    /* for tokens that prove who we are (JWT, RFC 7519) */
     uint64_t key_hash;                /* tells it from others */
-    struct buf jwt;
-    int64_t jwt_ms;                   /* made at */
+    struct buf jwt;                   /* the one in use, or empty... */
+    int64_t jwt_ms;                   /* ...and when it was made */
     int cert_days;                    /* left, when we started; -1: there is none */
     bool proved;                      /* a push was accepted: topic and environment are right */
     struct verdict {
         uint32_t token;
         bool bad;
     } verdicts[VERDICTS];
-    uint32_t n_verdicts;
+    uint32_t n_verdicts;              /* the newest is the last */
     int file;                         /* the list of devices, or -1 */
     uint32_t file_lines, kept_lines;  /* in it; when it was written anew */
     int64_t compact_ms;               /* not before then: write it anew */
     struct buf lines;                 /* to be added to it */
     struct buf text, token;           /* decoded fields */
     int64_t start_ms;                 /* of --push-test */
-    uint64_t count[COUNTS], latency_ms, responses[600];
+    uint64_t count[COUNTS], latency_ms, responses[600];   /* of all answers; by status */
 } push;
 
-static slice device_key(const void *item) {
-    const struct device *d = item;
-    return (slice){d->token, d->token_len};
-}
-
-static slice audience_key(const void *item) {
-    const struct audience *a = item;
-    return (slice){a->key, a->key_len};
-}
+static slice device_key(const void *item) { return buf_slice(&((const struct device *)item)->token); }
+static slice audience_key(const void *item) { return buf_slice(&((const struct audience *)item)->key); }
 
 static int64_t wall_ms(void) {
     struct timespec t;
@@ -2958,10 +2946,9 @@ static struct push *list_find(const struct list *l, uint32_t id) {
 
 /* A push to this token, for push_free(). It needs a payload. */
 static struct push *push_new(slice token) {
-    struct push *p = xcalloc(sizeof *p + token.len);
+    struct push *p = xcalloc(sizeof *p);
     unsigned char r[16];
-    memcpy(p->token, token.p, token.len);
-    p->token_len = (uint16_t)token.len;
+    buf_add(&p->token, token);
     p->expires = now.wall + PUSH_EXPIRE_S;
     if (RAND_bytes(r, sizeof r) != 1) die("no random bytes");
     r[6] = (r[6] & 0x0f) | 0x40, r[8] = (r[8] & 0x3f) | 0x80;   /* RFC 9562, version 4 */
@@ -2970,11 +2957,8 @@ static struct push *push_new(slice token) {
     return p;
 }
 
-static slice push_token(const struct push *p) { return (slice){p->token, p->token_len}; }
-
 static void push_free(struct push *p) {
-    buf_free(&p->payload);
-    buf_free(&p->reply);
+    buf_free(&p->token), buf_free(&p->payload), buf_free(&p->reply);
     free(p);
 }
 
@@ -2986,7 +2970,7 @@ static void push_drop(struct push *p, enum count why) {
 
 /* The subscription that a push is for, if there still is one, or NULL. */
 static struct subscription *push_place(const struct push *p) {
-    const struct device *d = table_find(&push.devices, push_token(p));
+    const struct device *d = table_find(&push.devices, buf_slice(&p->token));
     return d != NULL ? device_in(d, p->audience) : NULL;
 }
 
@@ -3080,7 +3064,8 @@ static void subscription_free(struct subscription *s) {
     *at = s->next;
     if (s->audience->first == NULL) {
         table_remove(&push.audiences, audience_key(s->audience));
-        buf_free(&s->audience->title), buf_free(&s->audience->body), buf_free(&s->audience->uid);
+        buf_free(&s->audience->key), buf_free(&s->audience->title);
+        buf_free(&s->audience->body), buf_free(&s->audience->uid);
         free(s->audience);
     }
     free(s);
@@ -3090,7 +3075,7 @@ static void subscription_free(struct subscription *s) {
 static void push_offline(struct device *d) {
     if (--d->online > 0 || d->first != NULL) return;
     table_remove(&push.devices, device_key(d));
-    buf_free(&d->uid);
+    buf_free(&d->token), buf_free(&d->uid);
     free(d);
 }
 
@@ -3111,9 +3096,8 @@ static struct device *device_hold(slice token, slice uid) {
     struct device *d = table_find(&push.devices, token);
     if (d == NULL) {
         if (push.devices.n >= DEVICES_MAX) return NULL;
-        d = xcalloc(sizeof *d + token.len);
-        memcpy(d->token, token.p, token.len);
-        d->token_len = (uint16_t)token.len;
+        d = xcalloc(sizeof *d);
+        buf_add(&d->token, token);
         table_add(&push.devices, d);
     }
     d->online++;
@@ -3132,9 +3116,8 @@ static struct subscription *device_join(struct device *d, slice room) {
     struct subscription *s = device_in(d, a), **at = &d->first;
     if (s != NULL) return s;
     if (a == NULL) {
-        a = xcalloc(sizeof *a + room.len);
-        a->key_len = (uint8_t)room.len;
-        memcpy(a->key, room.p, room.len);
+        a = xcalloc(sizeof *a);
+        buf_add(&a->key, room);
         table_add(&push.audiences, a);
     }
     s = xcalloc(sizeof *s);
@@ -3417,7 +3400,7 @@ static void gate_drain(struct conn *c) {
 
 /* Remembers whether the token of this push was good. False: so many were bad lately that the fault must be ours. */
 static bool push_judge(const struct push *p, bool bad) {
-    struct verdict v = {(uint32_t)slice_number(slice_take(push_token(p), 8), 16), bad};
+    struct verdict v = {(uint32_t)slice_number(slice_take(buf_slice(&p->token), 8), 16), bad};
     uint32_t i = 0, n_bad = 0;
     while (i < push.n_verdicts && push.verdicts[i].token != v.token) i++;
     if (i == VERDICTS) memmove(push.verdicts, push.verdicts + 1, --i * sizeof v);
@@ -3493,7 +3476,7 @@ static void push_answered(struct conn *c, struct push *p, int status, slice reas
     while (status < a->least || status > a->most || (a->reason != NULL && !slice_eq(reason, slice_of(a->reason)))) a++;
     enum fate fate = a->fate;
     list_remove(&g->sent, p);
-    if (status < 200 || status > 299) log_info("apns: %.8s...: %d %.*s: %s", p->token, status, F(reason), a->words);
+    if (fate != DONE || status < 200) log_info("apns: %.8s...: %d %.*s: %s", p->token.p, status, F(reason), a->words);
     if (opt.push_test != NULL) printf("%d %.*s: %s\n", status, F(reason), a->words), exit(fate != DONE);
     g->answered = true;
     g->refused = 0;
@@ -3508,7 +3491,7 @@ static void push_answered(struct conn *c, struct push *p, int status, slice reas
     bool dead = fate == DEAD || (fate == SUSPECT && push_judge(p, true));
     if (fate == SUSPECT && !dead && push.n_verdicts >= 3)   /* who is in the chat could bring that about: do not wait */
         push_alarm(a->reason, "most tokens are refused: check --apns (environment), --apns-topic", !push.proved);
-    struct device *d = dead ? table_find(&push.devices, push_token(p)) : NULL;
+    struct device *d = dead ? table_find(&push.devices, buf_slice(&p->token)) : NULL;
     if (d != NULL && (since_ms > 0 ? d->registered_ms <= since_ms : d->registered_ms == p->registered_ms)) {
         push.count[status == 410 ? GONE_410 : GONE_400]++;
         push_forget(d);
@@ -3531,7 +3514,8 @@ static void binary_item(struct buf *b, int number, slice data) {
 static void binary_packet(struct buf *b, const struct push *p) {
     char token[32];
     slice payload = buf_slice(&p->payload);
-    for (size_t i = 0; i < sizeof token; i++) token[i] = (char)slice_number((slice){p->token + 2 * i, 2}, 16);
+    const char *hex = buf_slice(&p->token).p;
+    for (size_t i = 0; i < sizeof token; i++) token[i] = (char)slice_number((slice){hex + 2 * i, 2}, 16);
     if (opt.apns_format == 0) {
         binary_item(b, 0, (slice){token, sizeof token});   /* here 0 is the command */
         buf_be(b, payload.len, 2);
@@ -3728,7 +3712,7 @@ static void h2_data(struct conn *c, struct push *p) {
 static void h2_block(struct buf *b, const struct push *p, slice jwt) {
     char text[16 + TOKEN_MAX];   /* our JWTs are shorter than 300 */
     buf_add(b, S("\x83\x87"));   /* :method POST, :scheme https */
-    snprintf(text, sizeof text, "/3/device/%.*s", F(push_token(p)));
+    snprintf(text, sizeof text, "/3/device/%.*s", F(buf_slice(&p->token)));
     hpack_field(b, 0, 4, ":path", text);
     hpack_field(b, 0, 1, ":authority", push.dial.host);
     snprintf(text, sizeof text, "bearer %.*s", F(jwt));
@@ -3834,7 +3818,7 @@ static int h2_handle(struct conn *c, int type, int flags, uint32_t id, slice s) 
     struct gate *g = c->state;
     struct push *p = id != 0 ? list_find(&g->sent, id) : NULL;
     bool first = g->block_of == 0;
-    if (!g->ready && type != H2_SETTINGS) return H2_PROTOCOL;
+    if ((!g->ready && type != H2_SETTINGS) || type == H2_PROMISE) return H2_PROTOCOL;
     if (first ? type == H2_MORE : type != H2_MORE || id != g->block_of) return H2_PROTOCOL;
     bool of_all = type == H2_SETTINGS || type == H2_PING || type == H2_GOAWAY;
     if ((id == 0) != of_all && type < H2_MORE && type != H2_WINDOW) return H2_PROTOCOL;
@@ -3863,7 +3847,6 @@ static int h2_handle(struct conn *c, int type, int flags, uint32_t id, slice s) 
         if (++g->refused > 2 * STREAMS_MAX && g->drain_ms == 0) gate_failed("it refuses all", false), gate_drain(c);
         return 0;
     case H2_SETTINGS: return (flags & H2_ACK) != 0 ? 0 : h2_settings(c, s);
-    case H2_PROMISE: return H2_PROTOCOL;
     case H2_PING:
         if (s.len != 8) return H2_SIZE;
         if ((flags & H2_ACK) == 0) h2_frame(&c->out, H2_PING, H2_ACK, 0, s), conn_touch(c);
@@ -3942,8 +3925,8 @@ static void push_pump(void) {
     for (struct push *p; (p = push.queue.first) != NULL && push.pause_ms <= now.ms;) {
         if (loop_stopping()) break;
         push_fill(p);
-        bool fits = (!push.binary || p->token_len == 64) && p->payload.len <= push_limit();
-        if (!fits) log_info("apns: %.8s...: its token has not 32 bytes, or the names are too long", p->token);
+        bool fits = (!push.binary || p->token.len == 64) && p->payload.len <= push_limit();
+        if (!fits) log_info("apns: %.8s...: its token has not 32 bytes, or the names are too long", p->token.p);
         if (!fits || p->expires <= now.wall) {
             push_drop(queue_take(p), fits ? EXPIRED : REFUSED);
             continue;
