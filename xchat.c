@@ -1448,6 +1448,9 @@ static void loop_stop(void) {
 
 static bool loop_stopping(void) { return loop.stop_ms != 0; }
 
+/* Has the next tick come at this time, unless it comes sooner. */
+static void loop_wake(int64_t at_ms) { loop.tick_ms = at_ms < loop.tick_ms ? at_ms : loop.tick_ms; }
+
 static void conn_ready(struct conn *c, short events) {
     if ((events & POLLOUT) != 0) {
         c->blocked = false;
@@ -3400,8 +3403,9 @@ static void gate_drain(struct conn *c) {
 
 /* Remembers whether the token of this push was good. False: so many were bad lately that the fault must be ours. */
 static bool push_judge(const struct push *p, bool bad) {
-    struct verdict v = {(uint32_t)slice_number(slice_take(buf_slice(&p->token), 8), 16), bad};
+    struct verdict v = {0, bad};
     uint32_t i = 0, n_bad = 0;
+    for (slice s = buf_slice(&p->token); s.len > 0; s = slice_cut(s, 1)) v.token = v.token * 31 + (uint8_t)*s.p;
     while (i < push.n_verdicts && push.verdicts[i].token != v.token) i++;
     if (i == VERDICTS) memmove(push.verdicts, push.verdicts + 1, --i * sizeof v);
     if (i == push.n_verdicts && i < VERDICTS) push.n_verdicts++;
@@ -3931,7 +3935,8 @@ static void push_pump(void) {
             push_drop(queue_take(p), fits ? EXPIRED : REFUSED);
             continue;
         }
-        if (push.gate == NULL && !push.dial.busy && now.ms >= push.redial_ms) {
+        if (push.gate == NULL && now.ms < push.redial_ms) loop_wake(push.redial_ms);
+        else if (push.gate == NULL && !push.dial.busy) {
             push.redial_ms = now.ms + 100;
             dial(&push.dial);
         }

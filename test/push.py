@@ -123,8 +123,8 @@ class Gateway:
 def build():
     os.makedirs(os.path.join(HERE, "build"), exist_ok=True)
     made = os.path.join(HERE, "build", f"xchat-fast-{os.getpid()}")
-    line = [os.environ.get("CC", "cc"), os.environ.get("UNIT_CFLAGS", "-g -O1"), f"-DPUSH_SPEED={max(int(20 / SLOW), 1)}",
-            "-o", made,
+    speed = max(int(20 / SLOW), 1)
+    line = [os.environ.get("CC", "cc"), os.environ.get("UNIT_CFLAGS", "-g -O1"), f"-DPUSH_SPEED={speed} -o", made,
             os.path.join(ROOT, "xchat.c"), "-lssl -lcrypto"]
     done = subprocess.run(shlex.split(" ".join(line)), capture_output=True, text=True)
     check(done.returncode == 0, done.stderr)
@@ -155,7 +155,7 @@ class Xchat(Server):
             server["shell"] = f'shift {len(WRAP) + 1} && set -- {shlex.join([*WRAP, fast()])} "$@"'
         port = gateway.port if isinstance(gateway, Gateway) else gateway
         super().__init__("--apns", f"https://localhost:{port}", "--apns-ca", CERTIFICATE, "--apns-topic", TOPIC, *login,
-                         "--admin", "127.0.0.1:0", "--rate", "0", "--max-per-address", "0", "--verbose", *options, **server)
+                         "--admin", "127.0.0.1:0", "--rate", "0", "--max-per-address", "0", *options, **server)
         self.wait_log("(?s)(listening on.*){2}")
 
     def metrics(self):
