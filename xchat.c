@@ -31,6 +31,7 @@
  *        ... other ready sockets have their turn in this round ...
  *     store               history_commit  one write() a room, to its file
  *     append, once        room_publish    one encoded frame, to the room's log
+ *     remember absent     push_said       phones that are not connected get a push
  *     send                room_flush      one send() a member, from its cursor to the
  *                         conn_flush      end of the log, however much has come
  *
@@ -4207,11 +4208,12 @@ static void push_try(void) {
  *
  *     client --> server                         server --> client
  *     login   client_name, room_id,             login   client_id, client_name, time
- *             since or history                          (and client_list: it is you)
+ *             since or history,                         (and client_list: it is you)
+ *             device_token
  *     say     to_client_id or to_uid,           say     from_client_id, content, ...
  *             to_client_name, content                   and an id, if it is kept
  *     history before, count                     history messages, more
- *     logout                                    logout  from_client_id, ...
+ *     logout  forget_device                     logout  from_client_id, ...
  *     ping, pong                                ping, pong; error   code, message
  *
  * Logging in, in this order: those in the room hear `login`; the client joins; it gets
@@ -4716,10 +4718,12 @@ static ssize_t chat_feed(struct conn *c, char *p, size_t n) {
 /* The phone of a client is gone: what it was not sent is pushed, and if it went without a
  * word, also all since it was last heard. */
 static void chat_absent(struct client *cl) {
-    bool silent = cl->c->lost || cl->ws.close_code == WS_SILENT;
+    uint16_t code = cl->ws.close_code;
+    bool silent = cl->c->lost || cl->c->blocked || code == WS_SILENT || code == WS_TRY_AGAIN;
     for (struct member *m = cl->c->joined; m != NULL; m = m->also) {
         struct history *past = m->room->past;
         uint64_t since = silent ? m->heard : past->end;
+        if (m->replay != NULL && m->replay->at < since) since = m->replay->at;
         room_commit(m->room);
         push_missed(cl->phone, past, since, client_key(cl));
     }

@@ -300,7 +300,7 @@ def free_port():
 # Who is told
 # ---------------------------------------------------------------------------
 
-@pushing()
+@pushing("--verbose")
 def end_to_end(gateway, s):
     """Two phones, one closes: it gets a push within 3 s, comes back and has everything; 410 ends it."""
     ann, bob, cy, b, c = Ws(s), Ws(s), Ws(s), token(), token()
@@ -331,7 +331,7 @@ def end_to_end(gateway, s):
     check(not gateway.pushes(c), "a push to one who is online")
 
 
-@pushing()
+@pushing("--verbose")
 def who(gateway, s):
     """Those who left get it; those who are there, who speak, who are elsewhere, who have come back or were
     forgotten do not."""
@@ -407,7 +407,7 @@ def bursts(gateway, s):
     check(len(gateway.pushes()) == 4, "pushes", len(gateway.pushes()))
 
 
-@pushing(rows=[("silence", {"options": ["--ping", "1"]}), ("reset", {})])
+@pushing("--verbose", rows=[("silence", {"options": ["--ping", "1"]}), ("reset", {})])
 def broken_connection(gateway, s, name):
     """A connection that ends by silence or a reset: what was said since its last byte is pushed."""
     b, bob = token(), Ws(s, answer_pings=False)
@@ -431,7 +431,7 @@ NAME, WORDS = '<Ann> & "Co"', "secret <b>'1 & 2'</b>\nü😀\\"
 REST = {"badge": 1, "sound": "default", "thread-id": "room é"}
 
 
-@pushing(rows=[
+@pushing("--verbose", rows=[
     ("full", {"options": ["--push-content", "full"]}, {"alert": {"title": NAME, "body": WORDS}, **REST}),
     ("name", {"options": ["--push-content", "name"]}, {"alert": {"title": NAME, "body": "New message"}, **REST}),
     ("none", {"options": ["--push-content", "none"]}, {"alert": {"loc-key": "NEW_MESSAGE"}, "badge": 1,
@@ -446,7 +446,7 @@ def content(gateway, s, name, wanted):
     check(push["body"] == payload, push["body"], "is not", payload)
 
 
-@pushing()
+@pushing("--verbose")
 def long_texts(gateway, s):
     """Over 4096 bytes the text is cut at a character, with an ellipsis; not one byte shorter than needed."""
     texts = {token(): text for text in ("x" * 5000, "é" * 3000, "x" + "é" * 3000, "😀" * 2000, 'x"\\' * 1500,
@@ -471,7 +471,7 @@ def literal(name, value):
     return key + (b"" if index else text(name)) + text(value)
 
 
-@pushing()
+@pushing("--verbose")
 def golden(gateway, s):
     """The fields in the order of the golden block, and their very octets."""
     b, = phones(s, 1)
@@ -539,7 +539,7 @@ def jwt():
             tell(s, "secret")
             used.append(jwt_of(gateway.pushes(b, len(used) + 1)[-1]))
             s.settle()
-        with Xchat(gateway, "--data", d) as s:
+        with Xchat(gateway, "--data", d, "--verbose") as s:
             visit(s, b)
             push_once(s)
             check(-1 <= time.time() - verified(used[0]) < 20 * SLOW, "iat is", verified(used[0]))
@@ -841,7 +841,7 @@ def raw_bytes():
         gateway.events = [e for e in gateway.events if e["event"] != "error"]   # it is the one who errs here
 
 
-@pushing(proven=True, rows=[("mute", {}, {"mute": True}), ("no answer", {}, {"answer": {"never": True}}),
+@pushing("--verbose", proven=True, rows=[("mute", {}, {"mute": True}), ("no answer", {}, {"answer": {"never": True}}),
                             ("reset", {}, {"answer": {"never": True}})])
 def no_answer(gateway, s, name, rules):
     """Not a byte: a PING, the end. PINGs but no answer: the stream is cancelled. A reset. Then each is sent again,
