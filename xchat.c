@@ -1279,7 +1279,7 @@ static void dial_look_up(const struct dial *d, int fd) {
     for (int i = 0; i < 3; i++) close(i), signal((int[]){SIGTERM, SIGINT, SIGHUP}[i], SIG_DFL);   /* be no trouble */
     alarm(30);
     memset(&a, 0, sizeof a);
-    if (getaddrinfo(d->host, d->port, &hints, &list) != 0) _exit(1);
+    if (getaddrinfo(d->host, d->port, &hints, &list) != 0 || list == NULL) _exit(1);
     for (ai = list; ai != NULL; ai = ai->ai_next) a.n++;
     ai = list;
     for (uint32_t i = d->attempt % a.n; i > 0; i--) ai = ai->ai_next;
@@ -2790,7 +2790,7 @@ static void room_leave(struct member *m) {
 
 enum {
     TOKEN_MIN = 8, TOKEN_MAX = 400,   /* hex digits */
-    PAYLOAD_MAX = 4096,
+    PAYLOAD_MAX = 4096, HTML_MAX = 6 * PAYLOAD_MAX,   /* in HTML a byte may take six: &#039; */
     DEVICES_MAX = 20000,
     PUSH_QUEUE = 20000,               /* pushes that wait; then the oldest goes */
     MISSED_MAX = 50,                  /* messages looked at when a silent phone is given up */
@@ -2860,7 +2860,7 @@ struct gate {
     struct buf block;                 /* what came of it */
     int64_t born_ms;                  /* when connecting began */
     uint32_t timeouts, errors, refused;   /* in a row */
-    bool answered;                    /* at least once */
+    bool answered, begun;             /* at least once; the handshake is done */
     int error;                        /* what it has done wrong, to be told */
     bool ready, resize, block_ends, orderly;   /* SETTINGS came; table size 0 is to be said;
                                                   that block is the end; it ends as it should */
@@ -2935,6 +2935,7 @@ static void list_add(struct list *l, struct push *before, struct push *p) {
 }
 
 static struct push *list_remove(struct list *l, struct push *p) {
+    assert((p->prev == NULL) == (p == l->first) && (p->next == NULL) == (p == l->last));
     *(p->prev != NULL ? &p->prev->next : &l->first) = p->next;
     *(p->next != NULL ? &p->next->prev : &l->last) = p->prev;
     l->n--;
@@ -2990,6 +2991,7 @@ static void queue_add(struct push *p, struct subscription *s, int64_t due_ms) {
 static struct push *queue_take(struct push *p) {
     struct subscription *s = push_place(p);
     if (s != NULL) s->waiting = NULL;
+    assert(p != (p->late ? push.queue.first : push.later.first));
     return list_remove(p->late ? &push.later : &push.queue, p);
 }
 
@@ -3252,7 +3254,7 @@ static void push_said(slice key, slice line) {
     slice content = json_get(f[1].raw, &push.text);
     const char *end = slice_starts(content, S("<b>")) ? memchr(content.p + 3, '/', content.len - 3) : NULL;
     if (end != NULL) content = slice_cut(content, (size_t)(end - content.p) + 3);   /* "<b>says to you: </b>" */
-    html_text(&a->body, content.len > 6 * PAYLOAD_MAX ? slice_take(content, 6 * PAYLOAD_MAX) : content);
+    html_text(&a->body, slice_take(content, content.len < HTML_MAX ? content.len : HTML_MAX));
     json_get(f[2].raw, &a->uid);
     memcpy(a->id, f[3].raw.p + 1, ID_BYTES);
     a->fits = a->body.len;
@@ -3408,8 +3410,8 @@ static bool push_judge(const struct push *p, bool bad) {
     uint32_t i = 0, n_bad = 0;
     for (slice s = buf_slice(&p->token); s.len > 0; s = slice_cut(s, 1)) v.token = v.token * 31 + (uint8_t)*s.p;
     while (i < push.n_verdicts && push.verdicts[i].token != v.token) i++;
-    if (i == VERDICTS) memmove(push.verdicts, push.verdicts + 1, --i * sizeof v);
-    if (i == push.n_verdicts && i < VERDICTS) push.n_verdicts++;
+    if (i == VERDICTS) memmove(push.verdicts, push.verdicts + 1, --i * sizeof v);   /* the oldest goes */
+    else if (i == push.n_verdicts) push.n_verdicts++;
     push.verdicts[i] = v;
     for (i = 0; i < push.n_verdicts; i++) n_bad += push.verdicts[i].bad;
     return push.proved && 2 * n_bad <= push.n_verdicts;
@@ -3787,7 +3789,8 @@ static int h2_goaway(struct conn *c, slice s) {
     struct gate *g = c->state;
     struct push *last = g->sent.last;
     if (s.len < 8) return H2_SIZE;
-    log_info("apns: goodbye from the gateway, code %u %.*s", be32(s.p + 4), F(slice_cut(s, 8)));
+    slice debug = slice_take(slice_cut(s, 8), s.len < 200 ? s.len - 8 : 192);
+    log_info("apns: goodbye from the gateway, code %u %.*s", be32(s.p + 4), F(debug));
     while (last != NULL && last->id > (be32(s.p) & INT32_MAX)) last = last->prev;
     push_rewind(&g->sent, last);
     bool unwanted = be32(s.p + 4) != 0 || (be32(s.p) == 0 && !g->answered);
@@ -3950,15 +3953,16 @@ static void push_pump(void) {
 /* `closed` of both protocols. */
 static void gate_closed(struct conn *c) {
     struct gate *g = c->state;
-    bool begun = SSL_is_init_finished(c->ssl) != 0;
+    /* Was anything sent? After an alert OpenSSL does not know any more that it had shaken hands. */
+    bool begun = push.binary ? g->begun || c->out.len == 0 : g->ready;
     if (push.gate == c) push.gate = NULL;
     char last[8] = {[7] = (char)g->error};
     if (!push.binary && !c->lost && !c->eof) h2_frame(&c->out, H2_GOAWAY, 0, 0, (slice){last, sizeof last});
     /* When we cannot write any more, the reason may have come already. */
     if (push.binary && c->lost && begun && conn_recv(c, last, sizeof last) == 6) binary_feed(c, last, 6);
-    bool failed = !g->orderly && !loop_stopping();
-    if (failed && !begun && ++push.dial.attempt % push.dial.addresses != 0) push.redial_ms = now.ms;
-    else if (failed) gate_failed(c->why, begun && !g->ready);
+    bool failed = !g->orderly && !loop_stopping(), heard = BIO_number_read(SSL_get_rbio(c->ssl)) > 0;
+    if (failed && !heard && ++push.dial.attempt % push.dial.addresses != 0) push.redial_ms = now.ms;
+    else if (failed) gate_failed(c->why, heard && !begun);
     if (!begun) push_rewind(&g->sent, NULL);
     for (struct push *p; (p = g->sent.last) != NULL;) {   /* of two to one phone the newer stays */
         bool over = push.binary && c->out.len == 0 && (loop_stopping() || now.ms - p->due_ms > FRESH_MS);
@@ -3981,7 +3985,8 @@ static ssize_t gate_feed(struct conn *c, char *p, size_t n) {
 
 static void gate_tick(struct conn *c) {
     struct gate *g = c->state;
-    bool begun = SSL_is_init_finished(c->ssl) && g->ready;
+    g->begun = g->begun || SSL_is_init_finished(c->ssl);
+    bool begun = g->begun && g->ready;
     if (!begun && now.ms - g->born_ms >= PUSH_SECONDS(10)) conn_lost(c, "no connection, or no SETTINGS, in time");
     else if (begun && push.binary) binary_tick(c);
     else if (begun) h2_tick(c);
@@ -3991,8 +3996,9 @@ static void gate_tick(struct conn *c) {
 static void gate_stop(struct conn *c) {
     struct gate *g = c->state;
     gate_drain(c);
-    g->drain_ms = now.ms + 2 * TICK_MS;
-    if (g->sent.n == 0 || push.binary || !g->ready) conn_close(c, "server is stopping");
+    g->drain_ms = now.ms + 2000;
+    if (!SSL_is_init_finished(c->ssl)) conn_lost(c, "server is stopping");
+    else if (g->sent.n == 0 || push.binary) conn_close(c, "server is stopping");
 }
 
 static const struct proto gate_proto = {.name = "apns", .feed = gate_feed, .tick = gate_tick,
@@ -5317,7 +5323,7 @@ static void option_set(struct option *o, const char *value) {
         usage("--%s: '%s' is not a number from %u to %u", o->name, value, o->min, o->max);
     if (o->number != NULL) *o->number = (uint32_t)number;
     if (o->text != NULL && value != NULL && *value == '\0') usage("--%s: %s is missing", o->name, o->arg);
-    if (o->text != NULL && o->max > 0 && strlen(value) > o->max)
+    if (o->text != NULL && value != NULL && o->max > 0 && strlen(value) > o->max)
         usage("--%s: longer than %u bytes", o->name, o->max);
     if (o->text != NULL) *o->text = value;
     mains.given |= (uint64_t)1 << (o - options);
