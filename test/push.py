@@ -1033,13 +1033,14 @@ def crowd(s, devices, together=50):
 @pushing("--max-clients", "20000", quick=True, brief=True, apple=True, goaway_every=1000, reset_at=[1500, 4321, 7777])
 def ten_thousand(gateway, s):
     """10,000 pushes over connections that end all the time: each arrives once, or once more after a reset."""
-    devices = [token() for _ in range(10000)]
-    gateway.tell("rules", answers={d: [UNREGISTERED] for d in devices[500::1000]})
+    many = 10000 if not WRAP else 1000   # valgrind takes its time
+    devices = [token() for _ in range(many)]
+    gateway.tell("rules", answers={d: [UNREGISTERED] for d in devices[many // 20::many // 10]})
     crowd(s, devices)
-    check(s.metric("devices") == 10000, s.metric("devices"), "devices")
+    check(s.metric("devices") == many, s.metric("devices"), "devices")
     begin = time.monotonic()
     tell(s, "secret")
-    until(lambda: s.answered(200) + s.answered(410) >= 10000, "some are missing", 30 * SLOW)
+    until(lambda: s.answered(200) + s.answered(410) >= many, "some are missing", 30 * SLOW)
     s.settle()
     took = time.monotonic() - begin
     cut = {p["conn"] for p in gateway.pushes() if p["answer"] == "cut"}
@@ -1047,13 +1048,13 @@ def ten_thousand(gateway, s):
     for push in gateway.pushes():
         if push["answer"] != "rst":
             arrived.setdefault(push["token"], []).append(push)
-    check(len(cut) == 3 and len(arrived) == 10000, 10000 - len(arrived), "are lost; resets:", cut)
+    check(len(cut) == (3 if many == 10000 else 0) and len(arrived) == many, many - len(arrived), "are lost; resets:", cut)
     for pushes in arrived.values():
         check(len(ids(pushes)) == 1, "ids changed", pushes)
         check(sum(p["conn"] not in cut for p in pushes) <= 1, "twice without need:", pushes)
-    check(s.metric("devices") == 9990, s.metric("devices"))
+    check(s.metric("devices") == many - 10, s.metric("devices"))
     if FIGURES:
-        print(f"10000 pushes: {took:.1f} s, {sum(len(p) > 1 for p in arrived.values())} twice,",
+        print(f"{many} pushes: {took:.1f} s, {sum(len(p) > 1 for p in arrived.values())} twice,",
               len(gateway.all("accept")), "connections", file=sys.stderr)
 
 
