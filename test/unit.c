@@ -1666,6 +1666,51 @@ static void test_hpack(void) {
     buf_free(&b);
 }
 
+/* Whose phone is told of what, and what it is shown. */
+static void test_push_who(void) {
+    static const struct {
+        const char *key, *line;
+        int ann, bob;              /* missed by the phones of Ann, a user, and Bob, who is none */
+    } cases[] = {
+        {"rooms/r", "{\"from_client_name\":\"Eve\",\"content\":\"1 &lt; 2\",\"id\":\"00000001-0000000000000001\"}", 1, 1},
+        {"rooms/r", "{\"from_client_name\":\"Ann\",\"content\":\"x\",\"from_uid\":\"ann\",\"id\":\"00000001-0000000000000002\"}", 1, 2},
+        {"users/ann", "{\"from_client_name\":\"Eve\",\"content\":\"<b>To you: </b>hi\",\"from_uid\":\"eve\","
+                      "\"id\":\"00000002-0000000000000003\"}", 2, 2},
+        {"rooms/other", "{\"from_client_name\":\"Eve\",\"content\":\"x\",\"id\":\"00000003-0000000000000004\"}", 2, 2},
+        {"rooms/r", "no JSON", 2, 2}, {"rooms/r", "{}", 2, 2},
+    };
+    opt.apns = "https://unit";
+    push.devices.key = device_key, push.audiences.key = audience_key;
+    push.full = push.named = true;
+    struct device *ann = push_online(S("aaaaaaaa"), S("ann")), *bob = push_online(S("bbbbbbbb"), S(""));
+    push_join(ann, S("rooms/r")), push_join(ann, S("users/ann")), push_join(bob, S("rooms/r"));
+    push_said(S("rooms/r"), slice_of(cases[0].line));
+    CHECK(ann->unread == 0 && bob->unread == 0, "they are there");
+    push_offline(ann), push_offline(bob);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        push_said(slice_of(cases[i].key), slice_of(cases[i].line));
+        CHECK((int)ann->unread == cases[i].ann && (int)bob->unread == cases[i].bob, "case %zu: %u, %u", i, ann->unread, bob->unread);
+    }
+    CHECK(push.later.n == 3, "%u pushes", push.later.n);
+    struct subscription *letter = device_in(ann, table_find(&push.audiences, S("users/ann")));
+    push_fill(letter->waiting);
+    slice payload = buf_slice(&letter->waiting->payload);
+    CHECK(slice_eq(payload, S("{\"aps\":{\"alert\":{\"title\":\"Eve\",\"body\":\"hi\"},\"badge\":2,\"sound\":\"default\","
+                              "\"thread-id\":\"ann\"}}")), "%.*s", F(payload));
+    struct subscription *own = device_in(ann, table_find(&push.audiences, S("rooms/r")));
+    push_fill(own->waiting);   /* Eve's words were missed; Ann's own, which came later, are not for showing */
+    payload = buf_slice(&own->waiting->payload);
+    CHECK(slice_eq(payload, S("{\"aps\":{\"alert\":{\"loc-key\":\"NEW_MESSAGE\"},\"badge\":2,\"sound\":\"default\","
+                              "\"thread-id\":\"r\"}}")), "%.*s", F(payload));
+
+    /* The phone gets another owner, and leaves the rooms of the first. */
+    CHECK(push_online(S("aaaaaaaa"), S("eve")) == ann && ann->first == NULL && push.later.n == 1, "Ann's rooms are kept");
+    push_offline(ann);
+    push_forget(bob);
+    CHECK(push.devices.n == 0 && push.audiences.n == 0 && push.later.n == 0, "something is left");
+    opt.apns = NULL;
+}
+
 /* The golden header block of a request. */
 static void test_h2_block(void) {
     unsigned char hash[SHA256_DIGEST_LENGTH];
@@ -1696,7 +1741,7 @@ static const struct {
     TEST(http), TEST(forwarded), TEST(frames), TEST(frame_sizes),
     TEST(rooms_memory), TEST(rooms_stop), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
     TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(replay), TEST(silence),
-    TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(option_ranges), TEST(option_forms),
+    TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(push_who), TEST(option_ranges), TEST(option_forms),
 };
 
 int main(int argc, char **argv) {
