@@ -287,8 +287,8 @@ class Connection(asyncio.Protocol):
                 if limit != self.limit:
                     self.set({3: limit})
         self.flush()
-        if self.closing and not any(held <= self.last for held in self.held):
-            self.end("close")
+        if self.closing and not any(held <= self.last for held in self.held):   # a reset would destroy the answers
+            asyncio.get_running_loop().call_later(0.1, self.end, "close")
 
     def respond(self, stream, answer):
         content = {k: answer[k] for k in ("reason", "timestamp") if k in answer}

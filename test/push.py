@@ -1044,6 +1044,7 @@ def ten_thousand(gateway, s):
     s.settle()
     took = time.monotonic() - begin
     cut = {p["conn"] for p in gateway.pushes() if p["answer"] == "cut"}
+    given_up = {(e["conn"], e["stream"]) for e in gateway.all("reset")}   # by us: where all is slow, after a time-out
     arrived = {}
     for push in gateway.pushes():
         if push["answer"] != "rst":
@@ -1051,7 +1052,8 @@ def ten_thousand(gateway, s):
     check(len(cut) == (3 if many == 10000 else 0) and len(arrived) == many, many - len(arrived), "are lost; resets:", cut)
     for pushes in arrived.values():
         check(len(ids(pushes)) == 1, "ids changed", pushes)
-        check(sum(p["conn"] not in cut for p in pushes) <= 1, "twice without need:", pushes)
+        kept = [p for p in pushes if p["conn"] not in cut and (p["conn"], p["stream"]) not in given_up]
+        check(len(kept) <= 1, "twice without need:", pushes)
     check(s.metric("devices") == many - 10, s.metric("devices"))
     if FIGURES:
         print(f"{many} pushes: {took:.1f} s, {sum(len(p) > 1 for p in arrived.values())} twice,",
