@@ -467,7 +467,7 @@ def many_dead():
         tell(s)
         s.expect_devices(*good)
         check([len(got) for got in gateway.got] == [31] + [1] * 9, "packets came", [len(got) for got in gateway.got])
-        check(min(b - a for a, b in zip(begins, begins[1:])) > 0.05, "in haste:", begins)
+        check(begins[-1] - begins[1] > 0.6, "in haste:", begins)
 
 
 @case()
@@ -519,7 +519,7 @@ def backlog():
             gateway.may_read.set()
             seen = gateway.wait(n, 0)
             again = gateway.wait(350, 1)
-            check(sorted(again + seen[:50]) == sorted(known), "some are lost or doubled")
+            check(sorted(again + seen[:50]) == sorted(known), len(again), "came again, some", "lost" * (set(again + seen[:50]) < set(known)), s.log()[-300:])
             check(again[:n - 50] == seen[50:], "not in order")
             s.expect_devices(*set(known) - {seen[49]})
     at_once([("all read", 400, {}), ("reset", 60, {"reset": True})], row)
