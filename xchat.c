@@ -2802,7 +2802,7 @@ enum {
     REPLY_MAX = 1024, BLOCK_MAX = 65536,
     SENT_MAX = 2048, SENT_MS = 5000,  /* binary: kept that long in case of an error */
     FRESH_MS = 2000,                  /* binary: younger ones are lost with the connection */
-    DRAIN_MS = 10000,                 /* for the last answers on a connection */
+    DRAIN_MS = 30000,                 /* for the last answers on a connection */
     JWT_MS = 50 * 60000,              /* then a new one is made... */
     JWT_AGAIN_MS = 20 * 60000,        /* ...but never sooner than this */
     VERDICTS = 20                     /* about so many tokens we remember if they were good */
