@@ -132,7 +132,7 @@ static void check_list(const struct list *l, bool sent) {
         const struct subscription *s = push_place(p);
         if (p->prev != last || (!sent && s != NULL && s->waiting != p)) abort();
         if (sent && (p->payload.len == 0 || p->unsent > p->payload.len)) abort();
-        if (p->token_len < TOKEN_MIN || p->token_len > TOKEN_MAX || p->reply.len > REPLY_MAX) abort();
+        if (p->token.len < TOKEN_MIN || p->token.len > TOKEN_MAX || p->reply.len > REPLY_MAX) abort();
     }
     if (n != l->n || last != l->last) abort();
 }
