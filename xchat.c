@@ -829,6 +829,7 @@ struct conn {
     bool dirty : 1, closing : 1, swept : 1, fin_sent : 1, eof : 1, lost : 1;
     bool parked : 1;                           /* in the epoll set */
     bool blocked : 1;                          /* the kernel's send buffer is full */
+    bool spoke : 1;                            /* something was sent: it is connected, and TLS has begun */
     bool muted : 1;                            /* TLS must read before it can write */
     bool hello : 1;                            /* TLS is to begin; a listener's: with all it accepts */
     bool plain : 1;                            /* but it did not: the peer does not speak TLS */
@@ -1127,6 +1128,7 @@ static bool conn_write(struct conn *c, slice s, size_t *written) {
     ssize_t n = conn_send(c, s);
     bool again = n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR || errno == ENOBUFS);
     *written = n > 0 ? (size_t)n : 0;
+    c->spoke = c->spoke || n > 0;
     c->blocked = !c->muted && (again || (c->ssl == NULL && n >= 0 && (size_t)n < s.len));
     if (n < 0 && !again) conn_lost(c, "connection reset");
     if (c->blocked) conn_touch(c);   /* so that poll waits for room */
@@ -2860,7 +2862,7 @@ struct gate {
     struct buf block;                 /* what came of it */
     int64_t born_ms;                  /* when connecting began */
     uint32_t timeouts, errors, refused;   /* in a row */
-    bool answered, begun;             /* at least once; the handshake is done */
+    bool answered;                    /* at least once */
     int error;                        /* what it has done wrong, to be told */
     bool ready, resize, block_ends, orderly;   /* SETTINGS came; table size 0 is to be said;
                                                   that block is the end; it ends as it should */
@@ -3953,8 +3955,7 @@ static void push_pump(void) {
 /* `closed` of both protocols. */
 static void gate_closed(struct conn *c) {
     struct gate *g = c->state;
-    /* Was anything sent? After an alert OpenSSL does not know any more that it had shaken hands. */
-    bool begun = push.binary ? g->begun || c->out.len == 0 : g->ready;
+    bool begun = c->spoke && g->ready;
     if (push.gate == c) push.gate = NULL;
     char last[8] = {[7] = (char)g->error};
     if (!push.binary && !c->lost && !c->eof) h2_frame(&c->out, H2_GOAWAY, 0, 0, (slice){last, sizeof last});
@@ -3985,8 +3986,7 @@ static ssize_t gate_feed(struct conn *c, char *p, size_t n) {
 
 static void gate_tick(struct conn *c) {
     struct gate *g = c->state;
-    g->begun = g->begun || SSL_is_init_finished(c->ssl);
-    bool begun = g->begun && g->ready;
+    bool begun = c->spoke && g->ready;
     if (!begun && now.ms - g->born_ms >= PUSH_SECONDS(10)) conn_lost(c, "no connection, or no SETTINGS, in time");
     else if (begun && push.binary) binary_tick(c);
     else if (begun) h2_tick(c);
@@ -3997,7 +3997,7 @@ static void gate_stop(struct conn *c) {
     struct gate *g = c->state;
     gate_drain(c);
     g->drain_ms = now.ms + 2000;
-    if (!SSL_is_init_finished(c->ssl)) conn_lost(c, "server is stopping");
+    if (!c->spoke) conn_lost(c, "server is stopping");
     else if (g->sent.n == 0 || push.binary) conn_close(c, "server is stopping");
 }
 
