@@ -2804,6 +2804,7 @@ enum {
     REPLY_MAX = 1024, BLOCK_MAX = 65536,
     SENT_MAX = 2048, SENT_MS = 5000,  /* binary: kept that long in case of an error */
     FRESH_MS = 2000,                  /* binary: younger ones are lost with the connection */
+    CONNECT_MS = 10000,               /* until a gateway has said its first word */
     DRAIN_MS = 30000,                 /* for the last answers on a connection */
     JWT_MS = 50 * 60000,              /* then a new one is made... */
     JWT_AGAIN_MS = 20 * 60000,        /* ...but never sooner than this */
@@ -3987,7 +3988,7 @@ static ssize_t gate_feed(struct conn *c, char *p, size_t n) {
 static void gate_tick(struct conn *c) {
     struct gate *g = c->state;
     bool begun = c->spoke && g->ready;
-    if (!begun && now.ms - g->born_ms >= PUSH_SECONDS(10)) conn_lost(c, "no connection, or no SETTINGS, in time");
+    if (!begun && now.ms - g->born_ms >= CONNECT_MS) conn_lost(c, "no connection, or no SETTINGS, in time");
     else if (begun && push.binary) binary_tick(c);
     else if (begun) h2_tick(c);
 }
