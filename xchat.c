@@ -17,6 +17,7 @@
  *      7. Rooms               a room is a log, a member is a cursor in it
  *      8. Push                phones whose app is asleep are woken, through Apple
  *      9. Chat                login, say, logout: the protocol people know
+ *     10. Back end            orders from a site: in PHP (GatewayClient), or by HTTP
  *     12. Page                the built-in web client, one HTML file
  *     13. Main                options, listeners, signals
  *
@@ -118,6 +119,7 @@ static struct {
     const char *data, *tls_cert, *tls_key;
     const char *apns, *apns_cert, *apns_key, *apns_key_id, *apns_team_id, *apns_topic, *apns_ca;
     const char *apns_passphrase_file, *push_content, *push_test, *push_text, *admin;
+    const char *gateway, *reg, *join, *gateway_key_file, *admin_key_file;
 } opt;
 
 /* Limits that nobody has asked to change yet. */
@@ -545,6 +547,29 @@ static const char *json_pick(slice text, struct json_field *fields, size_t n, si
     return j.why;
 }
 
+/* Takes the next value off `rest`, what is inside the brackets of a raw array or object; its
+ * key is empty in an array. False: there is none. */
+static bool json_each(slice *rest, slice *key, slice *value) {
+    struct json j = {*rest, NULL};
+    bool named;
+    *key = S("");
+    json_skip(&j, ", \t\n\r", SIZE_MAX);
+    if (j.rest.len == 0) return false;
+    do {
+        slice start = j.rest;
+        int depth = 0;
+        do {
+            if (json_skip(&j, "\"", 1) > 0) json_string(&j);
+            else depth += json_skip(&j, "[{", 1) > 0 ? 1 : json_skip(&j, "]}", 1) > 0 ? -1 : (j.rest = slice_cut(j.rest, 1), 0);
+        } while (j.rest.len > 0 && (depth > 0 || !json_at(&j, ",: \t\n\r")));
+        *value = slice_take(start, start.len - j.rest.len);
+        named = json_take(&j, ":");
+        if (named) *key = *value, json_space(&j);
+    } while (named);
+    *rest = j.rest;
+    return true;
+}
+
 /* A number in the shortest of the forms that read back: 1.50 is "1.5", 1e3 is "1000".
  * False for one that a double cannot hold. */
 static bool json_number_text(slice raw, struct buf *b) {
@@ -592,10 +617,11 @@ static slice json_get(slice raw, struct buf *b) {
  * pages as HTML, so text of people becomes HTML on its way in (html_escape). ---- */
 
 static const struct escapes {
-    const char *from, *to[7];   /* characters, and what stands for each */
+    const char *from, *to[8];   /* characters, and what stands for each */
     bool controls;              /* are other control characters escaped? */
     bool breaks;                /* are two different line ends in a row one? */
 } json_escapes = {"\"\\\b\f\n\r\t", {"\\\"", "\\\\", "\\b", "\\f", "\\n", "\\r", "\\t"}, true, false},
+  php_escapes = {"\"\\\b\f\n\r\t/", {"\\\"", "\\\\", "\\b", "\\f", "\\n", "\\r", "\\t", "\\/"}, true, false},
   html_escapes = {"&<>\"'", {"&amp;", "&lt;", "&gt;", "&quot;", "&#039;"}, false, false},
   html_breaks = {"&<>\"'\n\r", {"&amp;", "&lt;", "&gt;", "&quot;", "&#039;", "<br />\n", "<br />\r"}, false, true};
 
@@ -714,6 +740,15 @@ static void table_resize(struct table *t, size_t cap) {
         if (t->slot[i] != NULL) next.slot[table_slot(&next, t->key(t->slot[i]))] = t->slot[i];
     free(t->slot);
     *t = next;
+}
+
+/* All items, in that order unless it is NULL; the array is the caller's, and not NULL. */
+static void **table_all(const struct table *t, int (*order)(const void *, const void *)) {
+    void **all = xcalloc((t->n + 1) * sizeof *all), **end = all;
+    for (size_t i = 0; i < t->cap; i++)
+        if (t->slot[i] != NULL) *end++ = t->slot[i];
+    if (order != NULL) qsort(all, t->n, sizeof *all, order);
+    return all;
 }
 
 /* Borrows the item until it is removed. Its key must not be in the table. */
@@ -1220,7 +1255,7 @@ static struct conn *listen_at(const struct addrinfo *ai, bool tls, const struct 
 
 /* Listens on a Unix-domain socket. A file left behind by a server that died is
  * replaced, one that is answered is not. NULL, or what went wrong. */
-static const char *listen_unix(const char *path, const struct proto *proto, const void *state) {
+static const char *listen_unix(const char *path, const struct proto *proto, const void *state, const char *label) {
     struct sockaddr_un sa = {.sun_family = AF_UNIX};
     struct addrinfo ai = {.ai_family = AF_UNIX, .ai_addr = (struct sockaddr *)&sa, .ai_addrlen = sizeof sa};
     struct stat st;
@@ -1231,13 +1266,14 @@ static const char *listen_unix(const char *path, const struct proto *proto, cons
         errno == ECONNREFUSED) unlink(path);
     if (probe >= 0) close(probe);
     if (listen_at(&ai, false, proto, state) == NULL) return strerror(errno);
-    log_info("listening on unix:%s", path);
+    log_info("listening on unix:%s%s", path, label);
     return NULL;
 }
 
 /* Listens on every address of this host; "" is every address there is. All get the
  * same port, also when the kernel is to choose one. NULL, or what went wrong. */
-static const char *listen_tcp(const char *host, uint16_t port, bool tls, const struct proto *proto, const void *state) {
+static const char *listen_tcp(const char *host, uint16_t port, bool tls, const struct proto *proto, const void *state,
+                              const char *label) {
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *list;
     int error = getaddrinfo(*host != '\0' ? host : NULL, "0", &hints, &list), failed = EADDRNOTAVAIL;
     if (error != 0) return gai_strerror(error);
@@ -1249,7 +1285,7 @@ static const char *listen_tcp(const char *host, uint16_t port, bool tls, const s
         failed = l == NULL ? errno : 0;
         if (l == NULL) break;
         port = l->peer.port;
-        log_info("listening on %s%s", addr_text(&l->peer), tls ? " (TLS)" : "");
+        log_info("listening on %s%s%s", addr_text(&l->peer), tls ? " (TLS)" : "", label);
     }
     freeaddrinfo(list);
     return failed != 0 ? strerror(failed) : NULL;
@@ -1261,7 +1297,7 @@ static const char *listen_tcp(const char *host, uint16_t port, bool tls, const s
 struct dial {
     const char *host, *port;
     uint32_t attempt, addresses;   /* which of the addresses of this host to take; how many there are */
-    SSL_CTX *tls;
+    SSL_CTX *tls;                  /* NULL: plain text */
     const char *alpn;              /* the protocol to agree on, behind its length; or NULL */
     const struct proto *proto;     /* of the connection, if there will be one */
     void (*done)(struct conn *c, const char *why);   /* there it is; or NULL, and why not */
@@ -1320,7 +1356,7 @@ static ssize_t dial_feed(struct conn *from, char *p, size_t n) {
         c = conn_new(fd, d->proto, NULL, true);
         c->peer = addr_of(&a.sa);
         c->blocked = true;   /* until it is connected */
-        c->ssl = dial_tls(d, fd);
+        c->ssl = d->tls != NULL ? dial_tls(d, fd) : NULL;
         conn_touch(c);
     }
     conn_close(from, "address found");
@@ -1528,10 +1564,15 @@ static void loop_run(void) {
 
 /* The headers that mean something to us; http_parse() has their names. Those before
  * CONNECTION may stand only once. */
-enum header { HOST, LENGTH, ENCODING, WS_KEY, WS_VERSION, CONNECTION, UPGRADE, FORWARDED, HEADERS };
+enum header {
+    HOST, LENGTH, ENCODING, WS_KEY, WS_VERSION, ORIGIN, CONTENT_TYPE, AUTHORIZATION, EXPECT, CONNECTION, UPGRADE,
+    FORWARDED, HEADERS
+};
 
 struct request {
     slice method, target, path;   /* path: target without the query */
+    slice query, lines, body;     /* behind its '?'; all header lines, each with its CR LF */
+    int64_t length;               /* of the body */
     slice header[HEADERS];        /* S("") for what is missing */
     bool keep;                    /* the connection may go on after the answer */
     bool close, upgrade;          /* words of its Connection headers */
@@ -1539,7 +1580,8 @@ struct request {
 
 struct site {   /* what a listener serves: its `state`, and that of its HTTP connections */
     void (*request)(struct conn *c, const struct request *q);   /* answers by http_reply() */
-    void (*upgraded)(struct conn *c);   /* sets proto, and a state that begins with struct ws */
+    void (*upgraded)(struct conn *c, const struct request *q);   /* sets proto, and a state: first a struct ws */
+    int64_t body;   /* how long that of a request may be */
 };
 
 struct ws {
@@ -1558,7 +1600,7 @@ enum { WS_CONTINUATION, WS_TEXT, WS_BINARY, WS_CLOSE = 8, WS_PING, WS_PONG };
 /* Close codes (section 7.4.1; those from 4000 on are ours). */
 enum {
     WS_GOING_AWAY = 1001, WS_PROTOCOL_ERROR = 1002, WS_NOT_TEXT = 1003, WS_NO_CODE = 1005, WS_BAD_UTF8 = 1007,
-    WS_POLICY = 1008, WS_TOO_BIG = 1009, WS_TRY_AGAIN = 1013, WS_SILENT = 4408
+    WS_POLICY = 1008, WS_TOO_BIG = 1009, WS_TRY_AGAIN = 1013, WS_KICKED = 4001, WS_SILENT = 4408
 };
 
 struct caller {   /* an address, and how many connections it has */
@@ -1654,8 +1696,8 @@ static bool is_text(slice s, unsigned char least, char also) {
 static bool http_start(slice line, struct request *q) {
     q->method = slice_split(&line, ' ');
     q->target = slice_split(&line, ' ');
-    slice rest = q->target;
-    q->path = slice_split(&rest, '?');
+    q->query = q->target;
+    q->path = slice_split(&q->query, '?');
     q->keep = slice_eq(line, S("HTTP/1.1"));
     return (q->keep || slice_eq(line, S("HTTP/1.0"))) && http_is_token(q->method) &&
            slice_starts(q->target, S("/")) && is_text(q->target, '!', '!');
@@ -1678,12 +1720,13 @@ static bool http_client(slice list, struct addr *client) {
 /* Reads a complete head, in which CR LF ends every line. NULL, or what is wrong. */
 static const char *http_parse(slice head, struct request *q) {
     static const char *const names[HEADERS] = {
-        "Host", "Content-Length", "Transfer-Encoding", "Sec-WebSocket-Key", "Sec-WebSocket-Version",
-        "Connection", "Upgrade", "X-Forwarded-For",
+        "Host", "Content-Length", "Transfer-Encoding", "Sec-WebSocket-Key", "Sec-WebSocket-Version", "Origin",
+        "Content-Type", "Authorization", "Expect", "Connection", "Upgrade", "X-Forwarded-For",
     };
     slice line = slice_split(&head, '\n');
     if (!http_start(slice_take(line, line.len - 1), q)) return "bad request line\n";
     for (size_t i = 0; i < HEADERS; i++) q->header[i] = S("");
+    q->lines = slice_take(head, head.len - 2);
     while (head.len > 2) {
         slice value = slice_split(&head, '\n'), name = slice_split(&value, ':');
         if (value.len == 0 || !http_is_token(name)) return "bad header line\n";
@@ -1700,8 +1743,8 @@ static const char *http_parse(slice head, struct request *q) {
             if (i != FORWARDED || q->header[i].len == 0 || http_client(value, &hop)) q->header[i] = value;
         }
     }
-    bool body = q->header[LENGTH].len > 0 && !slice_eq(q->header[LENGTH], S("0"));
-    if (body || q->header[ENCODING].len > 0) return "no body is taken here\n";
+    q->length = q->header[LENGTH].len > 0 ? slice_number(q->header[LENGTH], 10) : 0;
+    if (q->length < 0 || q->header[ENCODING].len > 0) return "a body needs a Content-Length, in digits\n";
     if (q->header[HOST].len == 0 && q->keep) return "a Host header is needed\n";
     q->keep = q->keep && !q->close;
     return NULL;
@@ -1765,7 +1808,7 @@ static int ws_upgrade(struct conn *c, const struct request *q) {
     buf_printf(&c->out, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
                "Connection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n", accept);
     conn_touch(c);
-    site->upgraded(c);
+    site->upgraded(c, q);
     log_debug("%s: is a %s client", addr_text(&c->peer), c->proto->name);
     return 0;
 }
@@ -1805,8 +1848,16 @@ static ssize_t http_feed(struct conn *c, char *p, size_t n) {
     if (end == 0) return 0;
     c->searched = 0;
     const char *why = end > 0 ? http_parse((slice){p, (size_t)end}, &q) : "this is not HTTP/1.1\n";
+    const struct site *site = c->state;
+    if (why == NULL && q.length > 0 && site->body == 0) why = "no body is taken here\n";
     if (why != NULL) return http_refuse(c, "400 Bad Request", S(PLAIN), why);
-    return http_answer(c, &q) < 0 ? -1 : end;
+    if (q.length > site->body) return http_refuse(c, "413 Content Too Large", S(PLAIN), "the body is too long\n");
+    q.body = slice_cut((slice){p, n}, (size_t)end);
+    if (q.body.len == 0 && q.length > 0 && slice_eqcase(q.header[EXPECT], S("100-continue")))
+        buf_add(&c->out, S("HTTP/1.1 100 Continue\r\n\r\n")), conn_touch(c);
+    if ((int64_t)q.body.len < q.length) return 0;
+    q.body.len = (size_t)q.length;
+    return http_answer(c, &q) < 0 ? -1 : end + (ssize_t)q.length;
 }
 
 static void http_tick(struct conn *c) {
@@ -2528,6 +2579,7 @@ struct room {
     uint64_t end;                 /* its end, counted from the first byte ever said here */
     uint64_t flushed;             /* what `end` was when members were last sent to */
     struct member *first, *last;  /* in order of joining */
+    uint64_t number;              /* the later it was made, the higher */
     struct room *next_grown;
     bool grown;                   /* is in rooms.grown */
 };
@@ -2547,6 +2599,7 @@ struct member {
 static struct {
     struct table by_name;
     struct room *grown;           /* have something to send, or nobody to send to */
+    uint64_t made;
     void (*unsaid)(slice text);   /* chapter 9's: this could not be stored */
     void (*said)(slice key, slice text);   /* chapter 8's, or NULL: this was, in the room of this key */
 } rooms;
@@ -2680,31 +2733,56 @@ static void room_publish(struct room *r, slice text, struct member *except) {
     if (except != NULL) except->cursor = r->end;
 }
 
-/* The room of this name, made if need be; NULL when there are --max-rooms. `space` is
- * "rooms/", or "users/" for an inbox. It lasts until the end of a round in which nobody
- * is in it. */
-static struct room *room_open(slice space, slice name) {
+/* The room of this name, made if need be and if `make`; NULL when there is none, or when
+ * there are --max-rooms. `space` is "rooms/", or "users/" for an inbox. It lasts until the
+ * end of a round in which nobody is in it. */
+static struct room *room_get(slice space, slice name, bool make) {
     char text[TABLE_KEY_MAX];
     slice key = {text, space.len + name.len};
-    assert(name.len <= ROOM_MAX_BYTES && space.len == 6);
+    if (name.len > ROOM_MAX_BYTES) return NULL;
     memcpy(text, space.p, space.len);
     memcpy(text + space.len, name.p, name.len);
     struct room *r = table_find(&rooms.by_name, key);
-    if (r != NULL || rooms.by_name.n >= opt.max_rooms) return r;
+    if (r != NULL || !make || rooms.by_name.n >= opt.max_rooms) return r;
     r = xcalloc(sizeof *r);
+    r->number = rooms.made++;
     r->past = history_open(key);
     table_add(&rooms.by_name, r);
     room_touch(r);
     return r;
 }
 
-/* Puts a client into a room: it hears what is said from now on. Returns its place there,
- * which lasts until room_leave(), or NULL if it is in too many rooms. */
-static struct member *room_join(struct room *r, struct conn *c) {
+static struct room *room_open(slice space, slice name) { return room_get(space, name, true); }
+static struct room *room_find(slice space, slice name) { return room_get(space, name, false); }
+
+static int room_older(const void *a, const void *b) {
+    const struct room *const *x = a, *const *y = b;
+    return (*x)->number < (*y)->number ? -1 : 1;
+}
+
+/* All rooms, the oldest first; see table_all(). */
+static void **rooms_all(void) { return table_all(&rooms.by_name, room_older); }
+
+/* Its place in this room, or NULL. */
+static struct member *room_member(const struct room *r, const struct conn *c) {
+    struct member *m = c->joined;
+    while (m != NULL && m->room != r) m = m->also;
+    return m;
+}
+
+/* In how many rooms it is. */
+static size_t room_count(const struct conn *c) {
     size_t n = 0;
+    for (const struct member *m = c->joined; m != NULL; m = m->also) n++;
+    return n;
+}
+
+/* Puts a client into a room, unless it is there: it hears what is said from now on. Returns its
+ * place, which lasts until room_leave(), or NULL if it would be in more than `most` rooms. */
+static struct member *room_join(struct room *r, struct conn *c, size_t most) {
     struct member **at = &c->joined;
-    for (; *at != NULL; at = &(*at)->also) n++;
-    if (n >= ROOMS_PER_CLIENT) return NULL;
+    while (*at != NULL && (*at)->room != r) at = &(*at)->also;
+    if (*at != NULL || room_count(c) >= most) return *at;
     room_commit(r);
     struct member *m = *at = xcalloc(sizeof *m);
     *m = (struct member){.c = c, .room = r, .cursor = r->end, .prev = r->last, .heard = r->past->end};
@@ -2835,7 +2913,7 @@ struct subscription {
 
 struct push {
     struct push *prev, *next;         /* in the queue, or in those that a gateway was sent */
-    const void *audience;             /* of which room; only to be compared. NULL: of --push-test */
+    const void *audience;             /* of which room; only to be compared. NULL: of none */
     struct buf token, payload;        /* empty: not written yet */
     struct buf reply;                 /* the body of the answer */
     int64_t due_ms;                   /* when to send it; then, when it was sent */
@@ -3161,14 +3239,18 @@ static void push_join(struct device *d, slice room) {
     if (opt.fsync && opt.data != NULL && fdatasync(push.file) != 0) log_warn("--data: devices: %s", strerror(errno));
 }
 
-/* Queues a push to a subscription, which waits for its payload. If there are too many the
- * oldest goes. */
+/* Makes room in the queue: if there are too many the oldest goes. */
+static void push_room(void) {
+    if (push.queue.n + push.later.n >= PUSH_QUEUE)
+        push_drop(queue_take(push.queue.n > 0 ? push.queue.first : push.later.first), OVERFLOWED);
+}
+
+/* Queues a push to a subscription, which waits for its payload. */
 static struct push *push_queue(struct subscription *s) {
     struct push *p = push_new(device_key(s->device));
     p->audience = s->audience;
     p->registered_ms = s->device->registered_ms;
-    if (push.queue.n + push.later.n >= PUSH_QUEUE)
-        push_drop(queue_take(push.queue.n > 0 ? push.queue.first : push.later.first), OVERFLOWED);
+    push_room();
     queue_add(p, s, now.ms + PUSH_MERGE_MS);
     return p;
 }
@@ -3263,6 +3345,43 @@ static void push_said(slice key, slice line) {
     a->fits = a->body.len;
     for (struct subscription *s = a->first; s != NULL; s = s->next)
         if (s->device->online == 0 && !push_own(s->device, a)) push_tell(s, 1);
+}
+
+/* Writes a payload that shows this text, or as much of it as fits. */
+static void push_alert(struct push *p, slice text) {
+    text.len = text.len < push_limit() ? text.len : push_limit();   /* which is too long still */
+    do {
+        buf_clear(&p->payload);
+        buf_add(&p->payload, S("{\"aps\":{"));
+        json_add(&p->payload, "alert", text);
+        json_add(&p->payload, "sound", S("default"));
+        buf_add(&p->payload, S("}}"));
+        while (text.len > 0 && (text.p[--text.len] & 0xc0) == 0x80) continue;   /* if it is too long */
+    } while (p->payload.len > push_limit());
+}
+
+/* Shows a text on these phones, connected or not: the one of this token, or all of a user, or
+ * all in the room of this key; what is not wanted is empty. Returns how many they are. */
+static uint32_t push_show(slice token, slice uid, slice room, slice text) {
+    struct audience *a = room.len > 0 ? table_find(&push.audiences, room) : NULL;
+    struct buf tokens = {0};   /* first, since to queue a push may make another go */
+    if (token.len > 0) buf_add(&tokens, token), buf_addc(&tokens, ' ');
+    for (size_t i = 0; i < push.devices.cap; i++) {
+        const struct device *d = push.devices.slot[i];
+        bool wanted = d != NULL && (uid.len > 0 ? slice_eq(buf_slice(&d->uid), uid) : a != NULL && device_in(d, a) != NULL);
+        if (wanted) buf_add(&tokens, device_key(d)), buf_addc(&tokens, ' ');
+    }
+    uint32_t n = 0;
+    for (slice rest = buf_slice(&tokens); rest.len > 0; n++) {
+        struct push *p = push_new(slice_split(&rest, ' '));
+        const struct device *d = table_find(&push.devices, buf_slice(&p->token));
+        if (d != NULL) p->registered_ms = d->registered_ms;
+        push_alert(p, text);
+        push_room();
+        queue_add(p, NULL, now.ms);
+    }
+    buf_free(&tokens);
+    return n;
 }
 
 /* The last connection of a phone is ending, and what came behind this position in a
@@ -4198,10 +4317,7 @@ static void push_try(void) {
     if (!token_parse(slice_of(opt.push_test), &push.token))
         usage("--push-test: '%s' is no device token", opt.push_test);
     struct push *p = push_new(buf_slice(&push.token));
-    buf_add(&p->payload, S("{\"aps\":{"));
-    json_add(&p->payload, "alert", slice_of(opt.push_text != NULL ? opt.push_text : "Hello from xchat"));
-    json_add(&p->payload, "sound", S("default"));
-    buf_add(&p->payload, S("}}"));
+    push_alert(p, slice_of(opt.push_text != NULL ? opt.push_text : "Hello from xchat"));
     queue_add(p, NULL, 0);
     push_pump();
     loop_run();
@@ -4259,8 +4375,23 @@ struct client {
     int64_t filled_ms;      /* when tokens were last added */
     int32_t tokens;         /* thousandths of messages it may send now: chat_allow() */
     uint32_t silences;      /* times --ping since it was last heard */
+    uint32_t number;        /* the second half of its id */
+    uint32_t mark;          /* chapter 10's: whether it is in a set of clients, and that one */
+    struct desk *desk;      /* what the back end knows of it, owned, or NULL */
+    bool grouped;           /* has been in a room */
+    bool number_room;       /* named its room by a number */
     char id[21];
 };
+
+struct desk {
+    struct buf session;     /* as the back end set it, in PHP's words */
+    bool newer;             /* but there was a login since then */
+    bool taken;             /* it is served by a worker, if there is one... */
+    struct conn *worker;    /* ...by this one, or NULL */
+};
+
+/* What happens to a client, in the numbers of the Gateway protocol. */
+enum { ON_CONNECT = 1, ON_MESSAGE = 3, ON_CLOSE = 4, ON_WEBSOCKET = 205 };
 
 /* The fields we look at; chat_message() has their names in the same order. */
 enum field {
@@ -4270,8 +4401,10 @@ enum field {
 
 static struct {
     struct table clients;          /* by id */
-    uint32_t last_number;
-    uint16_t port;                 /* part of every id */
+    uint32_t first_number, last_number;
+    uint8_t gateway[6];            /* IPv4 address and port: the first half of every id */
+    bool (*event)(struct client *cl, int event, slice text);   /* chapter 10's, or NULL: has it been dealt with? */
+    void (*greet)(struct client *cl, const struct request *q); /* chapter 10's, or NULL: a new one */
     struct json_field f[FIELDS];   /* of the message at hand */
     slice ref;                     /* its ref, raw JSON, or empty */
     struct buf text, html, name;   /* decoded fields */
@@ -4283,6 +4416,44 @@ static slice client_key(const void *item) { return (slice){((const struct client
 
 /* The client of this id, or NULL. */
 static struct client *client_find(slice id) { return id.len == 20 ? table_find(&chat.clients, id) : NULL; }
+
+static int client_older(const void *a, const void *b) {
+    const struct client *const *x = a, *const *y = b;
+    uint32_t first = chat.first_number;   /* they may have started anew at 0 */
+    return (*x)->number - first < (*y)->number - first ? -1 : 1;
+}
+
+/* All clients, the oldest first; see table_all(). */
+static void **clients_all(void) { return table_all(&chat.clients, client_older); }
+
+static void client_id(uint32_t number, char id[21]) {
+    const uint8_t *g = chat.gateway;
+    snprintf(id, 21, "%02x%02x%02x%02x%02x%02x%08x", g[0], g[1], g[2], g[3], g[4], g[5], number);
+}
+
+/* Its name from now on, as HTML. */
+static void client_name(struct client *cl, slice name) {
+    char *copy = memcpy(xcalloc(name.len + 1), name.p, name.len);
+    free(cl->name);
+    cl->name = copy;
+}
+
+/* Puts a client into a room, see room_join(); some places are kept for what it does itself. */
+static struct member *client_join(struct client *cl, struct room *r, size_t kept) {
+    struct member *m = room_join(r, cl->c, ROOMS_PER_CLIENT - kept);
+    cl->grouped |= m != NULL;
+    return m;
+}
+
+/* Says a text to a client, or `raw` bytes, behind all that it was sent in rooms. */
+static void client_tell(struct client *cl, slice text, bool raw) {
+    for (struct member *m = cl->c->joined; m != NULL; m = m->also) {
+        room_commit(m->room);
+        if (m->replay == NULL) member_settle(m);
+    }
+    if (!raw) ws_text(cl->c, text);
+    else if (!cl->c->closing) buf_add(&cl->c->out, text), conn_touch(cl->c);
+}
 
 /* ---- Answers are written in chat.json. ---- */
 
@@ -4403,10 +4574,9 @@ static bool chat_refill(struct conn *c) {
     return true;
 }
 
-/* Sends the newest `count` messages before a position, in one message. */
-static void chat_send_last(struct client *cl, uint64_t before, int64_t count, bool asked) {
-    const struct room *r = cl->seat->room;
-    struct buf lines = {0}, json = {0};   /* the newest first, as they are found */
+/* Writes the newest `count` messages before a position, as one message without its end. */
+static void past_last(struct buf *json, const struct room *r, uint64_t before, int64_t count) {
+    struct buf lines = {0};   /* the newest first, as they are found */
     size_t len[HISTORY_MAX], n = 0;
     slice line;
     bool more;
@@ -4415,18 +4585,33 @@ static void chat_send_last(struct client *cl, uint64_t before, int64_t count, bo
         buf_add(&lines, line);
         len[n++] = line.len;
     }
-    past_begin(&json, r);
+    past_begin(json, r);
     for (size_t end = lines.len; n-- > 0;) {
         end -= len[n];
-        past_add(&json, slice_take(slice_cut(buf_slice(&lines), end), len[n]));
+        past_add(json, slice_take(slice_cut(buf_slice(&lines), end), len[n]));
     }
-    past_end(&json, more);
+    past_end(json, more);
+    buf_free(&lines);
+}
+
+/* Sends a client that, of its room. */
+static void chat_send_last(struct client *cl, uint64_t before, int64_t count, bool asked) {
+    struct buf json = {0};
+    past_last(&json, cl->seat->room, before, count);
     if (asked && chat.ref.len > 0) json_name(&json, "ref");
     if (asked) buf_add(&json, chat.ref);
     buf_addc(&json, '}');
     ws_text(cl->c, buf_slice(&json));
-    buf_free(&lines);
     buf_free(&json);
+}
+
+/* Where the message of this id begins in a room: an id stands behind its message. -1: there is none. */
+static int64_t past_before(struct room *r, slice id) {
+    int64_t at = history_position(r->past, id);
+    uint64_t before = (uint64_t)at;
+    slice line;
+    if (at >= 0) history_before(r->past, &before, &line);
+    return at < 0 ? -1 : (int64_t)before;
 }
 
 /* The position of the id in a field; -1 if it is none of this room. */
@@ -4455,17 +4640,14 @@ static void past_resume(struct member *m, enum field since, int64_t at) {
 /* A page of the past was asked for. */
 static bool chat_history(struct client *cl) {
     int64_t count;
-    slice line;
+    slice id = chat.f[BEFORE].raw;
     if (cl->seat == NULL) return chat_error(cl, "not_logged_in", "history needs a login first");
     if (!chat_count(cl, COUNT, 1, 50, &count)) return false;
     struct room *r = cl->seat->room;
     room_commit(r);
-    bool from_end = chat.f[BEFORE].raw.p == NULL;
-    int64_t at = from_end ? (int64_t)r->past->end : past_position(r, BEFORE);
+    int64_t at = id.p == NULL ? (int64_t)r->past->end : *id.p == '"' ? past_before(r, json_inside(id)) : -1;
     if (at < 0) return chat_error(cl, "bad_field", "before must be the id of a message of this room");
-    uint64_t before = (uint64_t)at;
-    if (!from_end) history_before(r->past, &before, &line);   /* an id stands behind its message */
-    chat_send_last(cl, before, count, true);
+    chat_send_last(cl, (uint64_t)at, count, true);
     return true;
 }
 
@@ -4497,13 +4679,11 @@ static void chat_leave(struct client *cl) {
  * two, unless it is there already. `newest` messages of the past follow, or what it has
  * missed since an id that it named; -1: nothing was asked for. */
 static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
-    struct room *inbox = cl->uid != NULL ? room_open(S("users/"), slice_of(cl->uid)) : NULL;
-    if (inbox != NULL && !inbox->past->unknown && cl->inbox == NULL) cl->inbox = room_join(inbox, cl->c);
     chat_begin(S("login"));
     chat_add_from(cl, "client_id", "client_name");
     chat_add_time();
     room_publish(r, chat_end(), cl->seat);
-    if (cl->seat == NULL) cl->seat = room_join(r, cl->c);
+    if (cl->seat == NULL) cl->seat = client_join(cl, r, 0);
     chat.json.len--;   /* open the object again: now the copy for the client */
     int64_t at = past_position(r, SINCE);
     int64_t inbox_at = cl->inbox != NULL ? past_position(cl->inbox->room, INBOX_SINCE) : -1;
@@ -4542,6 +4722,19 @@ static void chat_subscribe(struct client *cl) {
     cl->phone = d;
 }
 
+/* From now on a client is this user, or, if that is empty, none, and is in the inbox of the user. */
+static void client_identify(struct client *cl, slice uid) {
+    struct room *inbox = uid.len > 0 ? room_open(S("users/"), uid) : NULL;
+    if (cl->inbox != NULL) room_leave(cl->inbox);
+    free(cl->uid);
+    cl->uid = inbox != NULL ? memcpy(xcalloc(uid.len + 1), uid.p, uid.len) : NULL;
+    cl->inbox = inbox != NULL ? room_join(inbox, cl->c, ROOMS_PER_CLIENT) : NULL;
+    if (cl->phone == NULL) return;
+    buf_clear(&chat.token);
+    buf_add(&chat.token, device_key(cl->phone));
+    chat_subscribe(cl);
+}
+
 static bool chat_login(struct client *cl) {
     if (!chat_field(cl, CLIENT_NAME, &chat.name, NAME_MAX_BYTES)) return false;
     if (!chat_phone(cl) || !chat_field(cl, ROOM_ID, &chat.text, ROOM_MAX_BYTES)) return false;
@@ -4554,11 +4747,14 @@ static bool chat_login(struct client *cl) {
     if (r == NULL) return chat_error(cl, "limit", "there are already %u rooms (--max-rooms)", opt.max_rooms);
     if (r->past->unknown) return chat_error(cl, "storage", "the history of this room cannot be read now");
     if (cl->seat != NULL && cl->seat->room != r) chat_leave(cl);
+    if (cl->seat == NULL) cl->seat = room_member(r, cl->c);   /* the back end may have brought it there */
+    if (cl->seat == NULL && room_count(cl->c) >= ROOMS_PER_CLIENT - 1)
+        return chat_error(cl, "limit", "you are in %d rooms already", ROOMS_PER_CLIENT - 1);
     buf_clear(&chat.html);
     html_escape(&chat.html, buf_slice(&chat.name), false);
-    buf_addc(&chat.html, '\0');
-    cl->name = xrealloc(cl->name, chat.html.len);
-    memcpy(cl->name, buf_slice(&chat.html).p, chat.html.len);
+    client_name(cl, buf_slice(&chat.html));
+    cl->number_room = chat.f[ROOM_ID].raw.p != NULL && *chat.f[ROOM_ID].raw.p != '"';
+    if (cl->desk != NULL) cl->desk->newer = true;
     chat_enter(cl, r, newest);
     if (chat.token.len > 0) chat_subscribe(cl);
     return true;
@@ -4569,6 +4765,7 @@ static bool chat_logout(struct client *cl) {
     if (cl->seat == NULL) return chat_error(cl, "not_logged_in", "logout needs a login first");
     if (cl->phone != NULL && forget.p != NULL && *forget.p == 't') push_forget(cl->phone), devices_store();
     chat_leave(cl);
+    if (cl->desk != NULL) buf_free(&cl->desk->session);
     chat.json.len--;   /* what the others got, with the ref, is the answer */
     ws_text(cl->c, chat_end_ref());
     return true;
@@ -4645,6 +4842,27 @@ static bool chat_letter(struct client *cl) {
     return true;
 }
 
+/* Somebody who is no client says chat.text: in a room, in the inbox of a user, or to one
+ * client, who must be there; the others may be NULL. `name` is HTML. False: it could not be
+ * stored; else its id, if it has one, is in `id`. */
+static bool chat_announce(struct room *r, struct client *to, const char *name, char id[ID_BYTES + 1]) {
+    char copy[NAME_MAX_BYTES * 6 + 1];
+    struct client nobody = {.name = copy};
+    snprintf(copy, sizeof copy, "%s", name);
+    snprintf(nobody.id, sizeof nobody.id, "%020d", 0);
+    bool inbox = r != NULL && slice_starts(room_key(r), S("users/"));
+    chat.ref = S("");
+    *id = '\0';
+    if (to != NULL) chat_write_say(&nobody, "to_client_id", client_key(to), says_to_you);
+    else if (inbox) chat_write_say(&nobody, "to_uid", room_name(r), says_to_you);
+    else chat_write_say(&nobody, "to_client_id", S("all"), S(""));
+    if (to != NULL) return client_tell(to, chat_end(), false), true;
+    chat_publish(r);
+    if (!room_commit(r)) return false;
+    history_newest(r->past, id);
+    return true;
+}
+
 static bool chat_say(struct client *cl) {
     slice to = chat.f[TO_CLIENT_ID].raw;
     if (cl->seat == NULL) return chat_error(cl, "not_logged_in", "say needs a login first");
@@ -4688,7 +4906,7 @@ static void chat_message(struct conn *c, slice text) {
     bool ref_ok = why != NULL || ref.p == NULL ||
                   (*ref.p == '"' && json_text(ref, &chat.text) && chat.text.len <= REF_MAX_BYTES);
     chat.ref = why == NULL && ref.p != NULL && ref_ok ? ref : S("");
-    if (!chat_allow(cl)) return;
+    if (!chat_allow(cl) || (chat.event != NULL && chat.event(cl, ON_MESSAGE, text))) return;
     if (why != NULL) chat_error(cl, "bad_json", "byte %zu: %s", at, why);
     else if (!ref_ok) chat_error(cl, "bad_field", "ref must be text of at most %d bytes", REF_MAX_BYTES);
     else if (json_is(type, "say")) chat_say(cl);
@@ -4740,10 +4958,13 @@ static void chat_absent(struct client *cl) {
 static void chat_closed(struct conn *c) {
     struct client *cl = c->state;
     if (cl->phone != NULL) chat_absent(cl);
-    if (cl->seat != NULL) chat_leave(cl);
-    if (cl->inbox != NULL) room_leave(cl->inbox);
+    bool known = chat.event != NULL && chat.event(cl, ON_CLOSE, S(""));
+    if (cl->seat != NULL && !known) chat_leave(cl);
+    while (c->joined != NULL) room_leave(c->joined);
     table_remove(&chat.clients, client_key(cl));
     ws_end(c);
+    if (cl->desk != NULL) buf_free(&cl->desk->session);
+    free(cl->desk);
     free(cl->uid);
     free(cl->name);
     free(cl);
@@ -4756,21 +4977,1440 @@ static const struct proto chat_proto = {
 };
 
 /* `upgraded` of the chat's site: this connection is a client from now on. */
-static void chat_upgraded(struct conn *c) {
+static void chat_upgraded(struct conn *c, const struct request *q) {
     struct client *cl = xcalloc(sizeof *cl);
     *cl = (struct client){.c = c, .tokens = (int32_t)opt.burst * 1000, .filled_ms = now.ms};
-    do snprintf(cl->id, sizeof cl->id, "7f000001%04x%08x", chat.port, ++chat.last_number);
+    do client_id(cl->number = ++chat.last_number, cl->id);
     while (client_find(client_key(cl)) != NULL);
     table_add(&chat.clients, cl);
     c->state = cl;
     c->proto = &chat_proto;
+    if (chat.greet != NULL) chat.greet(cl, q);
 }
 
-/* `port` goes into the ids; the address is that of this machine to itself. */
-static void chat_init(uint16_t port) {
+/* Address (IPv4) and port of the gateway, or what stands for it, go into the ids. */
+static void chat_init(const uint8_t ip[4], uint16_t port) {
+    uint32_t random;
     chat.clients.key = client_key;
-    chat.port = port;
-    if (RAND_bytes((unsigned char *)&chat.last_number, sizeof chat.last_number) != 1) die("no random bytes");
+    memcpy(chat.gateway, ip, 4);
+    chat.gateway[4] = (uint8_t)(port >> 8);
+    chat.gateway[5] = (uint8_t)port;
+    if (RAND_bytes((unsigned char *)&random, sizeof random) != 1) die("no random bytes");
+    chat.first_number = chat.last_number = random;
+}
+
+/* ==========================================================================
+ * 10. Back end
+ * ==========================================================================
+ *
+ * A site has users, orders, rights: that is not our business, but the site's, and it
+ * wants to tell us who is who, and to speak in rooms. Sites made for GatewayWorker do so
+ * in PHP, through a library (GatewayClient) that talks to what are three kinds of
+ * processes there. We are all three:
+ *
+ *     PHP page ---- where are you? ---> REGISTER   lines of JSON
+ *         |                             ^  ^
+ *         |         this is my address -'  '- tell me of all addresses
+ *         |                             |  |
+ *         '- packets -> GATEWAY --------'  WORKER, a PHP process, if there is one,
+ *                       (this is us)  <--- comes by itself; is told of all that clients
+ *                                          do, and answers by packets
+ *
+ * A packet, in which all numbers have their highest byte first:
+ *
+ *     0        4   5    9    11    15    17       21   22     24       28
+ *     | length |cmd| IP |port| IP  |port | client |flag| port |ext len | ext | body
+ *     |        |   | ours    | client's  | number |    | ours |        |
+ *
+ * The first halves of ids of clients are our address: so PHP knows whom to ask about one.
+ * Replies, and some of what is in packets, are PHP values as serialize() writes them:
+ *
+ *     N;   b:1;   i:-5;   d:0.5;   s:3:"abc";   a:1:{i:0;s:1:"x";}      no blanks, and
+ *     lengths in bytes. unserialize() makes objects of what begins with O or C, and
+ *     runs their code: so nothing like that gets into a session, where PHP would read it.
+ *
+ * A chat room is a group, a user's inbox has all connections of the user. Sessions are what
+ * PHP keeps for a client here; of a client of our own chat it has room and name.
+ *
+ * Whoever speaks no PHP has the same by HTTP (--admin), with JSON or forms.
+ *
+ * Who can reach these ports has power over everybody: they are for this machine, or for
+ * those who know a secret.
+ *
+ * Owns: the secrets, those connected to gateway and register. Calls: all above.
+ * Called by: 12 Page, 13 Main. Promises: what is malformed hurts nobody but its sender.
+ */
+
+enum {
+    PACKET_HEAD = 28, PACKET_MAX = 10 << 20,
+    PHP_DEPTH = 32,           /* arrays inside each other */
+    SESSION_MAX = 32768,      /* bytes */
+    KEY_MAX = 1024,           /* bytes of a secret */
+    PEERS_MAX = 256,          /* connections to gateway and register */
+    STRANGER_BYTES = 65536,   /* of a packet or line, from who did not show the secret... */
+    STRANGER_MS = 10000,      /* ...and the time to do so */
+    PEER_MS = 30000,          /* for the rest of a packet or line */
+    WORKER_BACKLOG = 16 << 20,   /* unread bytes of a worker, who is shut out then */
+    REJOIN_MS = 1000, PEER_PING_MS = 25000,
+    ANSWER_MAX = 64 << 20,     /* bytes of a reply */
+    API_BYTES = 1 << 20       /* of a request by HTTP */
+};
+
+/* ---- PHP values. ---- */
+
+struct php {
+    char type;       /* one of N b i d s a O */
+    slice text;      /* the bytes of a string, the digits of a number, the class of an object */
+    int64_t pairs;   /* of an array or object: their number; they follow */
+};
+
+static bool php_digits(slice s) {
+    if (slice_starts(s, S("-"))) s = slice_cut(s, 1);
+    size_t n = 0;
+    while (n < s.len && s.p[n] >= '0' && s.p[n] <= '9') n++;
+    return n > 0 && n <= 19 && n == s.len;
+}
+
+/* Takes a scalar, or the beginning of an array up to its '{', off the front. */
+static bool php_read(slice *s, struct php *v) {
+    if (s->len < 2 || s->p[1] != (*s->p == 'N' ? ';' : ':')) return false;
+    *v = (struct php){*s->p, S(""), 0};
+    *s = slice_cut(*s, 2);
+    if (v->type == 'N') return true;
+    if (strchr("bid", v->type) != NULL) {
+        if (memchr(s->p, ';', s->len) == NULL) return false;
+        v->text = slice_split(s, ';');
+        bool bit = v->text.len == 1 && (*v->text.p == '0' || *v->text.p == '1');
+        return v->type == 'b' ? bit : v->type == 'i' ? php_digits(v->text) : v->text.len > 0 && v->text.len < 32;
+    }
+    if (v->type == 's' || v->type == 'O') {
+        int64_t len = slice_number(slice_split(s, ':'), 10);
+        if (len < 0 || len + 3 > (int64_t)s->len || s->p[0] != '"' || s->p[len + 1] != '"') return false;
+        v->text = slice_take(slice_cut(*s, 1), (size_t)len);
+        char behind = s->p[len + 2];
+        *s = slice_cut(*s, (size_t)len + 3);
+        if (v->type == 's' || behind != ':') return v->type == 's' && behind == ';';
+    } else if (v->type != 'a') {
+        return false;
+    }
+    v->pairs = slice_number(slice_split(s, ':'), 10);
+    bool ok = v->pairs >= 0 && v->pairs <= (int64_t)s->len && *s->p == '{';
+    if (ok) *s = slice_cut(*s, 1);
+    return ok;
+}
+
+/* Takes a whole value off the front. False: there is none, or one with objects that are not wanted. */
+static bool php_take(slice *s, bool objects) {
+    int64_t left[PHP_DEPTH + 1] = {1};   /* keys and values still to come, at each depth */
+    int depth = 0;
+    struct php v;
+    while (depth > 0 || left[0] > 0) {
+        if (left[depth] == 0) {
+            if (slice_split(s, '}').len > 0) return false;
+            depth--;
+            continue;
+        }
+        bool key = depth > 0 && left[depth] % 2 == 0;
+        left[depth]--;
+        if (!php_read(s, &v) || (key && v.type != 'i' && v.type != 's') || (v.type == 'O' && !objects)) return false;
+        if (v.type != 'a' && v.type != 'O') continue;
+        if (depth == PHP_DEPTH) return false;
+        left[++depth] = 2 * v.pairs;
+    }
+    return true;
+}
+
+static bool php_valid(slice s, bool objects) { return php_take(&s, objects) && s.len == 0; }
+
+/* What is inside the brackets of an array that was checked; nothing, if it is none. */
+static slice php_inside(slice array) {
+    struct php v;
+    bool ok = php_read(&array, &v) && v.type == 'a';
+    return ok ? slice_take(array, array.len - 1) : S("");
+}
+
+/* Takes a pair off what php_inside() returned: key and value as they are written. False: there is none. */
+static bool php_each(slice *rest, slice *key, slice *value) {
+    slice all = *rest;
+    if (!php_take(rest, true)) return false;
+    *key = slice_take(all, all.len - rest->len);
+    *value = *rest;
+    bool ok = php_take(rest, true);
+    *value = slice_take(*value, value->len - rest->len);
+    return ok;
+}
+
+/* The value of this key (as it is written) among such pairs; empty: there is none. */
+static slice php_find(slice pairs, slice key) {
+    slice k, value;
+    while (php_each(&pairs, &k, &value))
+        if (slice_eq(k, key)) return value;
+    return S("");
+}
+
+static void php_string(struct buf *b, slice s) { buf_printf(b, "s:%zu:\"", s.len), buf_add(b, s), buf_add(b, S("\";")); }
+
+/* A key that looks like an integer is one. */
+static void php_key(struct buf *b, slice s) {
+    char again[24] = "";
+    if (php_digits(s)) snprintf(again, sizeof again, "%.*s", F(s)), snprintf(again, sizeof again, "%lld", strtoll(again, NULL, 10));
+    if (slice_eq(slice_of(again), s)) buf_printf(b, "i:%s;", again);
+    else php_string(b, s);
+}
+
+/* Is this the inside of a list, with the keys 0, 1, 2...? */
+static bool php_is_list(slice rest, int64_t pairs) {
+    struct php key;
+    for (int64_t i = 0; i < pairs; i++)
+        if (!php_read(&rest, &key) || key.type != 'i' || slice_number(key.text, 10) != i || !php_take(&rest, true))
+            return false;
+    return true;
+}
+
+static bool php_number_json(slice text, struct buf *b) {
+    struct json j = {text, NULL};
+    if (!json_number(&j) || j.rest.len > 0) return false;   /* INF, for example */
+    for (size_t i = 0; i < text.len; i++) buf_addc(b, lower(text.p[i]));
+    return true;
+}
+
+/* Appends a value as json_encode() writes it. False: there is no JSON for it. */
+static bool php_json(slice s, struct buf *b) {
+    struct {
+        int64_t left;
+        char type;   /* '[': a list, '{': an array that is none, 'O': an object */
+    } in[PHP_DEPTH + 1] = {{1, '['}};
+    int depth = 0;
+    struct php v;
+    if (!php_valid(s, true) || !utf8_valid(s)) return false;
+    while (depth > 0 || in[0].left > 0) {
+        if (in[depth].left == 0) {
+            buf_addc(b, in[depth--].type == '[' ? ']' : '}');
+            s = slice_cut(s, 1);
+            continue;
+        }
+        bool key = depth > 0 && in[depth].left-- % 2 == 0;
+        if (depth == 0) in[0].left = 0;
+        php_read(&s, &v);
+        if (key && in[depth].type == 'O' && slice_starts(v.text, S("\0"))) {   /* not public */
+            php_take(&s, true);
+            in[depth].left--;
+            continue;
+        }
+        char last = b->len > 0 ? b->p[b->off + b->len - 1] : '[';
+        if (key && last != '[' && last != '{') buf_addc(b, ',');
+        if (key && in[depth].type == '[') continue;
+        if (v.type == 's' || key) buf_addc(b, '"'), escape(b, v.text, &php_escapes), buf_addc(b, '"');
+        else if (v.type == 'N') buf_add(b, S("null"));
+        else if (v.type == 'b') buf_add(b, *v.text.p == '1' ? S("true") : S("false"));
+        else if (v.type == 'i' || v.type == 'd') {
+            if (!php_number_json(v.text, b)) return false;
+        } else {
+            in[++depth].left = 2 * v.pairs;
+            in[depth].type = v.type == 'O' ? 'O' : php_is_list(s, v.pairs) ? '[' : '{';
+            buf_addc(b, in[depth].type == '[' ? '[' : '{');
+            if (v.type == 'O') json_add(b, "__PHP_Incomplete_Class_Name", v.text);
+        }
+        if (key) buf_addc(b, ':');
+    }
+    return true;
+}
+
+/* Opens an array that will have the pairs of both. */
+static void php_open(struct buf *b, slice old, slice add) {
+    slice key, value;
+    size_t n = 0;
+    for (slice rest = old; php_each(&rest, &key, &value);) n++;
+    for (slice rest = add; php_each(&rest, &key, &value);) n += php_find(old, key).len == 0;
+    buf_printf(b, "a:%zu:{", n);
+}
+
+/* Appends what array_replace_recursive() makes of two arrays: what has the same key in both
+ * is replaced, or, if both are arrays, merged in the same way. */
+static void php_merge(slice old, slice add, struct buf *b) {
+    struct {
+        slice old, add, old_left, add_left;   /* pairs of both; those still to be written */
+    } in[PHP_DEPTH + 1];
+    slice key, value;
+    int depth = 0;
+    old = php_inside(old), add = php_inside(add);
+    for (;;) {
+        if (old.p != NULL) {   /* into another pair of arrays */
+            php_open(b, old, add);
+            in[depth].old = in[depth].old_left = old;
+            in[depth].add = in[depth].add_left = add;
+            depth++;
+            old.p = NULL;
+        }
+        if (depth == 0) return;
+        bool first = php_each(&in[depth - 1].old_left, &key, &value);
+        slice other = first ? php_find(in[depth - 1].add, key) : S("");
+        if (!first && !php_each(&in[depth - 1].add_left, &key, &value)) {
+            buf_addc(b, '}');
+            depth--;
+            continue;
+        }
+        if (!first && php_find(in[depth - 1].old, key).len > 0) continue;   /* it was written */
+        buf_add(b, key);
+        if (*value.p == 'a' && other.len > 0 && *other.p == 'a') old = php_inside(value), add = php_inside(other);
+        else buf_add(b, other.len > 0 ? other : value);
+    }
+}
+
+/* ---- Secrets. ---- */
+
+static struct {
+    struct buf gateway_key, admin_key;
+    struct peer *peers;        /* all, the oldest first */
+    uint32_t n_peers, mark;
+    struct conn *joined;       /* our connection to another register, or NULL */
+    struct dial join;
+    char host[256], register_port[8];   /* of that */
+    uint16_t port;             /* of the chat */
+    int64_t join_ms;           /* not before then: connect to it; or say that we live */
+    struct buf text, reply;    /* what is sent, and answered */
+    struct buf ext;            /* decoded JSON */
+} backend;
+
+/* Reads a secret: what is in a file, but for the end of its line. False, after a line in the log: it stays as it was. */
+static bool key_load(const char *option, const char *name, struct buf *key) {
+    char text[KEY_MAX + 2];
+    int fd = name != NULL ? open(name, O_RDONLY | O_CLOEXEC) : -1;
+    ssize_t n = fd >= 0 ? read(fd, text, sizeof text) : -1;
+    const char *why = name != NULL && n < 0 ? strerror(errno) : NULL;
+    if (fd >= 0) close(fd);
+    while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
+    if (why == NULL && name != NULL && (n == 0 || n > KEY_MAX)) why = n == 0 ? "it is empty" : "it is too long";
+    if (why != NULL) log_warn("%s %s: %s", option, name, why);
+    if (name != NULL && why == NULL) {
+        OPENSSL_cleanse(buf_slice(key).len > 0 ? key->p : text + n, key->len);
+        buf_clear(key);
+        buf_add(key, (slice){text, (size_t)n});
+    }
+    OPENSSL_cleanse(text, sizeof text);
+    return why == NULL;
+}
+
+static bool key_is(const struct buf *key, slice s) {
+    return s.len == key->len && CRYPTO_memcmp(buf_slice(key).p, s.p, s.len) == 0;
+}
+
+/* ---- Those who are connected: to the gateway, or to the register. ---- */
+
+struct peer {
+    struct conn *c;
+    struct peer *next;
+    bool gateway;          /* it is connected to that */
+    bool known;            /* it has shown the secret, or needs not */
+    bool worker;           /* and wants to be told of clients, or of addresses */
+    uint32_t clients;      /* of this worker */
+    struct buf name;       /* the key of a worker; the address of a gateway, at the register */
+    int64_t ping_ms;
+};
+
+static void peer_accepted(struct conn *l, struct conn *c) {
+    struct peer *peer = c->state = xcalloc(sizeof *peer), **at = &backend.peers;
+    c->proto = l->state;
+    peer->c = c;
+    peer->gateway = strcmp(c->proto->name, "gateway") == 0;
+    peer->known = peer->gateway && backend.gateway_key.len == 0;
+    c->deadline_ms = peer->known ? 0 : now.ms + STRANGER_MS;
+    while (*at != NULL) at = &(*at)->next;
+    *at = peer;
+    if (++backend.n_peers > PEERS_MAX) conn_lost(c, "too many connections of back ends");
+}
+
+/* `closed` of both, in part. */
+static void peer_closed(struct conn *c) {
+    struct peer *peer = c->state, **at = &backend.peers;
+    while (*at != peer) at = &(*at)->next;
+    *at = peer->next;
+    backend.n_peers--;
+    buf_free(&peer->name);
+    free(peer);
+    c->state = NULL;
+}
+
+/* What has come is no whole packet or line: the rest has a while to come. */
+static ssize_t peer_wait(struct conn *c) {
+    if (c->deadline_ms == 0) c->deadline_ms = now.ms + PEER_MS;
+    return 0;
+}
+
+static void peer_tick(struct conn *c) {
+    if (c->deadline_ms != 0 && now.ms >= c->deadline_ms) conn_close(c, "too slow");
+}
+
+/* ---- The register. ---- */
+
+static void register_list(struct conn *c) {
+    struct buf *b = &backend.text;
+    buf_clear(b);
+    buf_add(b, S("{\"event\":\"broadcast_addresses\",\"addresses\":["));
+    if (opt.gateway != NULL) {
+        const uint8_t *g = chat.gateway;
+        buf_printf(b, "\"%u.%u.%u.%u:%u\"", g[0], g[1], g[2], g[3], g[4] << 8 | g[5]);
+    }
+    for (const struct peer *p = backend.peers; p != NULL; p = p->next) {
+        const struct peer *same = backend.peers;
+        while (same != p && (same->gateway || !slice_eq(buf_slice(&same->name), buf_slice(&p->name)))) same = same->next;
+        if (p->gateway || p->name.len == 0 || same != p) continue;
+        if (b->p[b->off + b->len - 1] != '[') buf_addc(b, ',');
+        json_quote(b, buf_slice(&p->name));
+    }
+    buf_add(b, S("]}\n"));
+    buf_add(&c->out, buf_slice(b));
+    conn_touch(c);
+}
+
+static void register_broadcast(void) {
+    for (struct peer *p = backend.peers; p != NULL; p = p->next)
+        if (!p->gateway && p->worker) register_list(p->c);
+}
+
+/* A whole line. */
+static int register_line(struct conn *c, slice line) {
+    struct peer *peer = c->state;
+    struct json_field f[] = {{.name = "event"}, {.name = "address"}, {.name = "secret_key"}};
+    size_t where;
+    bool ok = json_pick(line, f, 3, &where) == NULL && json_get(f[0].raw, &backend.ext).len > 0;
+    if (!ok) {
+        const char *ip = addr_text(&c->peer);
+        buf_printf(&c->out, "Bad request for Register service. Request info(IP:%.*s, Request Buffer:%.*s). "
+                   "See http://doc2.workerman.net/register-auth-timeout.html\n",
+                   (int)(strrchr(ip, ':') != NULL ? strrchr(ip, ':') - ip : 4), ip, F(line));
+        return conn_close(c, "no request to a register"), -1;
+    }
+    c->deadline_ms = 0;
+    if (json_is(f[0].raw, "ping")) return 0;
+    bool gateway = json_is(f[0].raw, "gateway_connect"), worker = json_is(f[0].raw, "worker_connect");
+    if ((!gateway && !worker) || !key_is(&backend.gateway_key, json_get(f[2].raw, &backend.ext)))
+        return conn_close(c, gateway || worker ? "wrong secret key" : "unknown event"), -1;
+    peer->known = true;
+    peer->worker |= worker;
+    if (worker) return register_list(c), 0;
+    if (json_get(f[1].raw, &peer->name).len == 0) return conn_close(c, "no address"), -1;
+    register_broadcast();
+    return 0;
+}
+
+static ssize_t register_feed(struct conn *c, char *p, size_t n) {
+    char *end = memchr(p, '\n', n);
+    if (end == NULL) return n > STRANGER_BYTES ? conn_close(c, "too long a line"), -1 : peer_wait(c);
+    size_t len = (size_t)(end - p);
+    if (register_line(c, (slice){p, len > 0 && end[-1] == '\r' ? len - 1 : len}) < 0) return -1;
+    return (ssize_t)len + 1;
+}
+
+static void register_closed(struct conn *c) {
+    const struct peer *peer = c->state;
+    bool listed = peer->name.len > 0;
+    peer_closed(c);
+    if (listed) register_broadcast();
+}
+
+static const struct proto register_proto = {
+    .name = "register", .feed = register_feed, .tick = peer_tick, .closed = register_closed,
+};
+
+/* ---- Another register that we tell our address. ---- */
+
+static ssize_t join_feed(struct conn *c, char *p, size_t n) { return (void)c, (void)p, (ssize_t)n; }
+
+static void join_closed(struct conn *c) {
+    c->eof = true;
+    backend.joined = NULL;
+    backend.join_ms = now.ms + REJOIN_MS;
+    log_warn("--join %s: %s; trying again", opt.join, c->why);
+}
+
+static const struct proto join_proto = {.name = "join", .feed = join_feed, .closed = join_closed};
+
+static void join_opened(struct conn *c, const char *why) {
+    const uint8_t *g = chat.gateway;
+    backend.joined = c;
+    backend.join_ms = now.ms + (c != NULL ? PEER_PING_MS : REJOIN_MS);
+    if (c == NULL) log_warn("--join %s: %s", opt.join, why);
+    if (c == NULL) return;
+    buf_printf(&c->out, "{\"event\":\"gateway_connect\", \"address\":\"%u.%u.%u.%u:%u\", \"secret_key\":",
+               g[0], g[1], g[2], g[3], g[4] << 8 | g[5]);
+    json_quote(&c->out, buf_slice(&backend.gateway_key));
+    buf_add(&c->out, S("}\n"));
+}
+
+/* A second has passed at the gateway's listener. */
+static void join_tick(void) {
+    if (opt.join == NULL || now.ms < backend.join_ms || backend.join.busy || loop_stopping()) return;
+    backend.join_ms = now.ms + (backend.joined != NULL ? PEER_PING_MS : REJOIN_MS);
+    if (backend.joined == NULL) {
+        dial(&backend.join);
+    } else if (strncmp(backend.host, "127.0.0.1", 9) != 0) {
+        buf_add(&backend.joined->out, S("{\"event\":\"ping\"}\n"));
+        conn_touch(backend.joined);
+    }
+}
+
+/* ---- Sessions. ---- */
+
+/* A name that can be that of a room or a user. */
+static bool name_ok(slice s) {
+    return s.len > 0 && s.len <= ROOM_MAX_BYTES && !slice_eq(s, S("0")) && utf8_valid(s) && is_text(s, ' ', ' ');
+}
+
+static struct desk *client_desk(struct client *cl) {
+    if (cl->desk == NULL) cl->desk = xcalloc(sizeof *cl->desk);
+    return cl->desk;
+}
+
+/* Writes the session of a client: what the back end has set, and what a login since then has changed. */
+static void session_get(const struct client *cl, struct buf *b) {
+    slice stored = cl->desk != NULL ? buf_slice(&cl->desk->session) : S("");
+    struct buf login = {0};
+    bool newer = cl->seat != NULL && (stored.len == 0 || cl->desk->newer);
+    if (newer) {
+        slice room = room_name(cl->seat->room);
+        buf_add(&login, S("a:2:{s:7:\"room_id\";"));
+        if (cl->number_room) php_key(&login, room);
+        else php_string(&login, room);
+        buf_add(&login, S("s:11:\"client_name\";"));
+        php_string(&login, slice_of(cl->name));
+        buf_addc(&login, '}');
+    }
+    if (newer && slice_starts(stored, S("a:"))) php_merge(stored, buf_slice(&login), b);
+    else buf_add(b, newer ? buf_slice(&login) : stored);
+    buf_free(&login);
+}
+
+/* The text of a value in a session, if it is text or a number. */
+static slice session_text(slice pairs, const char *name, bool *number) {
+    struct buf key = {0};
+    struct php v = {'N', S(""), 0};
+    php_string(&key, slice_of(name));
+    slice value = php_find(pairs, buf_slice(&key));
+    buf_free(&key);
+    if (!php_read(&value, &v)) v.type = 'N';
+    *number = v.type == 'i';
+    return v.type == 'i' || v.type == 's' ? v.text : S("");
+}
+
+/* Replaces the session, and has the chat go by it: room and name are what it says. */
+static void session_set(struct client *cl, slice session) {
+    struct desk *desk = client_desk(cl);
+    bool number = false, unused;
+    slice pairs = php_inside(session), room = session_text(pairs, "room_id", &number);
+    slice name = session_text(pairs, "client_name", &unused);
+    bool name_good = name.len <= 6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
+    struct room *r = name_ok(room) && name_good ? room_open(S("rooms/"), room) : NULL;
+    if (r != NULL && r->past->unknown) r = NULL;
+    cl->seat = r != NULL ? client_join(cl, r, 2) : NULL;
+    cl->number_room = number;
+    if (cl->seat != NULL) client_name(cl, name);
+    struct buf copy = {0};
+    buf_add(&copy, session);
+    buf_free(&desk->session);
+    desk->session = copy;
+    desk->newer = false;
+}
+
+/* Sets a session, or merges one into it, if it can be one. */
+static void session_order(struct client *cl, slice session, bool update) {
+    bool objects = backend.gateway_key.len > 0, plain = memchr(session.p, ':', session.len) == NULL;
+    if (session.len > SESSION_MAX || !(php_valid(session, objects) || (plain && !update))) {
+        log_warn("gateway: a session is refused: it is too long, no PHP value, or has objects in it");
+        return;
+    }
+    struct buf *old = &backend.text, *merged = &backend.reply;
+    buf_clear(old), buf_clear(merged);
+    if (update) session_get(cl, old);
+    if (update && old->len > 0) {
+        if (*session.p != 'a' || !slice_starts(buf_slice(old), S("a:"))) return;
+        php_merge(buf_slice(old), session, merged);
+        if (merged->len > SESSION_MAX) log_warn("gateway: a session would be longer than %d bytes", SESSION_MAX);
+        session = buf_slice(merged->len > SESSION_MAX ? old : merged);
+    }
+    session_set(cl, session);
+}
+
+/* ---- Packets. ---- */
+
+struct packet {
+    int cmd, flag;         /* flag: 1: the body is text, 2: it goes out as it is */
+    uint32_t number;
+    slice ext, body;
+};
+
+/* Takes a client of this number, unless it is going; or NULL. */
+static struct client *gateway_client(uint32_t number) {
+    char id[21];
+    client_id(number, id);
+    struct client *cl = client_find(slice_of(id));
+    return cl != NULL && !cl->c->closing ? cl : NULL;
+}
+
+/* Sets of clients are arrays of pointers in a buffer; nobody is in one twice. */
+static void set_begin(struct buf *set) {
+    buf_clear(set);
+    backend.mark++;
+}
+
+static void set_add(struct buf *set, struct client *cl) {
+    if (cl == NULL || cl->c->closing || cl->mark == backend.mark) return;
+    cl->mark = backend.mark;
+    buf_add(set, (slice){(const char *)&cl, sizeof cl});
+}
+
+static void set_add_room(struct buf *set, const struct room *r) {
+    for (struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) set_add(set, m->c->state);
+}
+
+static void set_add_all(struct buf *set) {
+    void **all = clients_all();
+    for (size_t i = 0; i < chat.clients.n; i++) set_add(set, all[i]);
+    free(all);
+}
+
+static struct client *set_get(const struct buf *set, size_t i) {
+    struct client *cl = NULL;
+    if (i < set->len / sizeof cl) memcpy(&cl, set->p + set->off + i * sizeof cl, sizeof cl);
+    return cl;
+}
+
+/* How many clients are in a room. */
+static size_t room_clients(const struct room *r) {
+    size_t n = 0;
+    for (const struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) n += !m->c->closing;
+    return n;
+}
+
+/* The values of a JSON array or object, one after the other, as text. Checked JSON is in `rest`. */
+static bool ext_each(slice *rest, slice *text) {
+    slice key, value;
+    if (!json_each(rest, &key, &value)) return false;
+    *text = json_get(value, &backend.ext);
+    return true;
+}
+
+/* Finds fields of ext_data that is an object; those that are missing, or not arrays or objects, are empty inside. */
+static void ext_fields(slice ext, struct json_field *f, size_t n) {
+    size_t where;
+    bool ok = json_pick(ext, f, n, &where) == NULL;
+    for (size_t i = 0; i < n; i++) {
+        bool list = ok && f[i].raw.p != NULL && (*f[i].raw.p == '[' || *f[i].raw.p == '{');
+        f[i].raw = list ? json_inside(f[i].raw) : S("");
+    }
+}
+
+/* What is inside of ext_data that is a JSON array. It is kept in `b`. */
+static slice ext_list(slice ext, struct buf *b) {
+    struct json_field f = {.name = "list"};
+    buf_clear(b);
+    buf_add(b, S("{\"list\":"));
+    buf_add(b, ext);
+    buf_addc(b, '}');
+    ext_fields(buf_slice(b), &f, 1);
+    return f.raw;
+}
+
+/* The message of a packet. False, after a line in the log: there is none that can be sent. */
+static bool packet_message(const struct packet *p, slice *message) {
+    buf_clear(&backend.text);
+    bool ok = (p->flag & 1) != 0 || (p->body.len <= opt.backlog && php_json(p->body, &backend.text));
+    *message = (p->flag & 1) != 0 ? p->body : buf_slice(&backend.text);
+    if (ok && message->len <= opt.backlog) return true;
+    log_warn("gateway: a message is dropped: it is longer than --backlog, or cannot be JSON");
+    return false;
+}
+
+/* Says the message in a room, to all but those who are marked. */
+static void gateway_say(const struct packet *p, struct room *r, slice message, bool exclude) {
+    if (r != NULL && !exclude && (p->flag & 2) == 0) room_publish(r, message, NULL);
+    else for (struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) {
+        struct client *cl = m->c->state;
+        if (!exclude || cl->mark != backend.mark) client_tell(cl, message, (p->flag & 2) != 0);
+    }
+}
+
+/* Adds the clients whose numbers these are. */
+static void set_add_numbers(struct buf *set, slice rest) {
+    for (slice text; ext_each(&rest, &text);) {
+        int64_t number = slice_number(text, 10);
+        if (number >= 0 && number <= UINT32_MAX) set_add(set, gateway_client((uint32_t)number));
+    }
+}
+
+/* SEND_TO_ALL, SEND_TO_UID, SEND_TO_GROUP. */
+static void gateway_send(const struct packet *p) {
+    struct json_field f[] = {{.name = "connections"}, {.name = "exclude"}, {.name = "group"}};
+    struct buf set = {0}, copy = {0};
+    slice message, name, rest = S("");
+    if (!packet_message(p, &message)) return;
+    if (p->cmd == 14) rest = ext_list(p->ext, &copy);
+    else ext_fields(p->ext, f, 3), rest = f[2].raw;
+    set_begin(&set);
+    if (p->cmd != 14) set_add_numbers(&set, p->cmd == 6 && f[0].raw.len > 0 ? f[0].raw : f[1].raw);
+    bool some = set.len > 0;
+    if (p->cmd != 6)
+        while (ext_each(&rest, &name)) gateway_say(p, room_find(p->cmd == 14 ? S("users/") : S("rooms/"), name), message, some);
+    else {
+        if (f[0].raw.len == 0) buf_clear(&set), set_add_all(&set);   /* without those marked */
+        for (size_t i = 0; set_get(&set, i) != NULL; i++) client_tell(set_get(&set, i), message, (p->flag & 2) != 0);
+    }
+    buf_free(&set);
+    buf_free(&copy);
+}
+
+/* KICK, DESTROY. */
+static void gateway_kick(const struct packet *p, struct client *cl) {
+    slice message;
+    if (p->cmd == 8) conn_lost(cl->c, "destroyed by the back end");
+    bool says = p->cmd == 7 && ((p->flag & 1) != 0 || !slice_eq(p->body, S("N;")));
+    if (says && packet_message(p, &message)) client_tell(cl, message, (p->flag & 2) != 0);
+    ws_close(cl->c, WS_KICKED, "kicked by the back end");
+}
+
+/* Takes a client out of a room, or off its user if that is its inbox. */
+static void gateway_leave(struct client *cl, struct member *m) {
+    if (cl->seat == m) {   /* the session stays what it is */
+        buf_clear(&backend.text);
+        session_get(cl, &backend.text);
+        buf_clear(&client_desk(cl)->session);
+        buf_add(&cl->desk->session, buf_slice(&backend.text));
+        cl->seat = NULL;
+    }
+    room_leave(m);
+}
+
+/* What is about one client, and has no answer. */
+static void gateway_order(const struct packet *p, struct client *cl) {
+    struct room *r = name_ok(p->ext) ? room_get(S("rooms/"), p->ext, p->cmd == 20) : NULL;
+    struct member *m = r != NULL ? room_member(r, cl->c) : NULL;
+    slice message;
+    if (p->cmd == 5 && packet_message(p, &message)) client_tell(cl, message, (p->flag & 2) != 0);
+    else if (p->cmd == 7 || p->cmd == 8) gateway_kick(p, cl);
+    else if (p->cmd == 9 || (p->cmd == 204 && p->ext.len > 0)) session_order(cl, p->ext, p->cmd == 9);
+    else if (p->cmd == 204) session_set(cl, S(""));
+    else if (p->cmd == 12 && name_ok(p->ext)) client_identify(cl, p->ext);
+    else if (p->cmd == 13) client_identify(cl, S(""));
+    else if (p->cmd == 20 && r != NULL && !r->past->unknown) client_join(cl, r, 2);
+    else if (p->cmd == 21 && m != NULL) gateway_leave(cl, m);
+}
+
+/* ---- Replies are written in backend.reply. ---- */
+
+static void reply_session(struct buf *b, const struct client *cl) {
+    struct buf session = {0};
+    session_get(cl, &session);
+    php_string(b, buf_slice(&session));
+    buf_free(&session);
+}
+
+/* A client's groups, as SELECT has them. */
+static void reply_groups(struct buf *b, const struct client *cl) {
+    size_t n = 0;
+    for (const struct member *m = cl->c->joined; m != NULL; m = m->also) n += m != cl->inbox;
+    if (cl->grouped) buf_printf(b, "a:%zu:{", n);
+    for (const struct member *m = cl->c->joined; m != NULL; m = m->also) {
+        if (m == cl->inbox) continue;
+        php_key(b, room_name(m->room));
+        php_string(b, room_name(m->room));
+    }
+    buf_add(b, cl->grouped ? S("}") : S("N;"));
+}
+
+static void reply_fields(struct buf *b, const struct client *cl, slice fields) {
+    size_t n = 0;
+    slice name;
+    for (slice rest = fields; ext_each(&rest, &name);) n++;
+    buf_printf(b, "a:%zu:{", n);
+    for (slice rest = fields; b->len <= ANSWER_MAX && ext_each(&rest, &name);) {
+        php_key(b, name);
+        if (slice_eq(name, S("session"))) reply_session(b, cl);
+        else if (slice_eq(name, S("uid")) && cl->uid != NULL) php_string(b, slice_of(cl->uid));
+        else if (slice_eq(name, S("groups"))) reply_groups(b, cl);
+        else buf_add(b, S("N;"));
+    }
+    buf_addc(b, '}');
+}
+
+/* GET_ALL_CLIENT_SESSIONS, GET_CLIENT_SESSIONS_BY_GROUP, SELECT, GET_CLIENT_ID_BY_UID: of several clients. */
+static void reply_clients(struct buf *b, const struct packet *p) {
+    struct json_field f[] = {{.name = "fields"}, {.name = "where"}},
+                      w[] = {{.name = "groups"}, {.name = "uid"}, {.name = "connection_id"}};
+    struct buf set = {0};
+    struct client *cl;
+    slice name;
+    set_begin(&set);
+    if (p->cmd == 25) {
+        size_t where;
+        bool ok = json_pick(p->ext, f, 2, &where) == NULL;
+        ext_fields(ok && f[1].raw.p != NULL ? f[1].raw : S(""), w, 3);
+        ext_fields(p->ext, f, 2);
+        if (ok && !json_each(&f[1].raw, &name, &name)) set_add_all(&set);   /* "where":[] */
+        while (ext_each(&w[0].raw, &name)) set_add_room(&set, room_find(S("rooms/"), name));
+        while (ext_each(&w[1].raw, &name)) set_add_room(&set, room_find(S("users/"), name));
+        set_add_numbers(&set, w[2].raw);
+    } else if (p->cmd == 10) set_add_all(&set);
+    else set_add_room(&set, room_find(p->cmd == 23 ? S("rooms/") : S("users/"), p->ext));
+    buf_printf(b, "a:%zu:{", set.len / sizeof cl);
+    for (size_t i = 0; b->len <= ANSWER_MAX && (cl = set_get(&set, i)) != NULL; i++) {
+        if (p->cmd >= 15 && p->cmd <= 16) buf_printf(b, "i:%zu;", i);
+        buf_printf(b, "i:%u;", cl->number);
+        if (p->cmd == 25) reply_fields(b, cl, f[0].raw);
+        else if (p->cmd == 10 || p->cmd == 23) reply_session(b, cl);
+    }
+    buf_addc(b, '}');
+    buf_free(&set);
+}
+
+/* The batch forms: for each name the same answer as if asked alone. */
+static void reply_batch(struct buf *b, const struct packet *p) {
+    struct buf copy = {0}, names = {0};
+    slice all = ext_list(p->ext, &copy), name;
+    size_t n = 0;
+    for (slice rest = all; ext_each(&rest, &name);) n++;
+    buf_printf(b, "a:%zu:{", n);
+    while (b->len <= ANSWER_MAX && ext_each(&all, &name)) {
+        php_key(b, name);
+        buf_clear(&names);
+        buf_add(&names, name);
+        if (p->cmd == 28) buf_printf(b, "i:%zu;", room_clients(room_find(S("rooms/"), name)));
+        else reply_clients(b, &(struct packet){.cmd = 16, .ext = buf_slice(&names)});
+    }
+    buf_addc(b, '}');
+    buf_free(&copy);
+    buf_free(&names);
+}
+
+static void reply_rooms(struct buf *b) {
+    void **all = rooms_all();
+    struct buf list = {0};
+    size_t n = 0;
+    for (size_t i = 0; all[i] != NULL; i++) {
+        const struct room *r = all[i];
+        if (room_clients(r) == 0 || !slice_starts(room_key(r), S("rooms/"))) continue;
+        buf_printf(&list, "i:%zu;", n++);
+        php_key(&list, room_name(r));
+    }
+    buf_printf(b, "a:%zu:{%.*s}", n, F(buf_slice(&list)));
+    buf_free(&list);
+    free(all);
+}
+
+/* What has an answer. False: it has none. */
+static bool gateway_ask(const struct packet *p, const struct client *cl, struct buf *b) {
+    struct buf set = {0};
+    switch (p->cmd) {
+    case 10: case 15: case 23: case 25: reply_clients(b, p); break;
+    case 11: buf_add(b, cl != NULL ? S("i:1;") : S("i:0;")); break;
+    case 16: case 28: reply_batch(b, p); break;
+    case 24:
+        if (p->ext.len > 0) buf_printf(b, "i:%zu;", room_clients(room_find(S("rooms/"), p->ext)));
+        if (p->ext.len > 0) break;
+        set_begin(&set);
+        set_add_all(&set);
+        buf_printf(b, "i:%zu;", set.len / sizeof cl);
+        buf_free(&set);
+        break;
+    case 26: reply_rooms(b); break;
+    case 203:
+        if (cl != NULL) session_get(cl, b);
+        if (b->len == 0) buf_add(b, cl != NULL ? S("a:0:{}") : S("N;"));
+        break;
+    default: return false;
+    }
+    return true;
+}
+
+/* ---- Workers. ---- */
+
+/* Tells a worker what happened to a client. */
+static void worker_tell(struct conn *w, const struct client *cl, int event, slice body) {
+    struct buf session = {0};
+    const struct addr *peer = &cl->c->peer;
+    struct buf *b = &w->out;
+    session_get(cl, &session);
+    if (b->len > WORKER_BACKLOG) conn_lost(w, "a worker that does not read");
+    buf_be(b, PACKET_HEAD + session.len + body.len, 4);
+    buf_be(b, (uint64_t)event, 1);
+    buf_add(b, (slice){(const char *)chat.gateway, 6});
+    buf_be(b, addr_is_v4(peer) ? be32((const char *)peer->ip + 12) : 0, 4);
+    buf_be(b, peer->port, 2);
+    buf_be(b, cl->number, 4);
+    buf_be(b, event == ON_WEBSOCKET ? 0 : 1, 1);   /* the body is a PHP value, or text */
+    buf_be(b, backend.port, 2);
+    buf_be(b, session.len, 4);
+    buf_add(b, buf_slice(&session));
+    buf_add(b, body);
+    buf_free(&session);
+    conn_touch(w);
+}
+
+/* The worker of a client: the one it has, or else the one with the fewest clients, or NULL. */
+static struct conn *worker_of(struct client *cl) {
+    struct peer *best = NULL;
+    if (cl->desk->worker != NULL) return cl->desk->worker;
+    for (struct peer *p = backend.peers; p != NULL; p = p->next)
+        if (p->gateway && p->worker && !p->c->closing && (best == NULL || p->clients < best->clients)) best = p;
+    if (best == NULL) return NULL;
+    best->clients++;
+    return cl->desk->worker = best->c;
+}
+
+/* `event` of the chat: true if a worker deals with it. */
+static bool worker_event(struct client *cl, int event, slice body) {
+    struct conn *w = cl->desk != NULL && cl->desk->taken ? worker_of(cl) : NULL;
+    if (w == NULL) return false;
+    worker_tell(w, cl, event, body);
+    if (event == ON_CLOSE) ((struct peer *)w->state)->clients--;
+    return true;
+}
+
+/* Takes a pair "name=value" off a form, a query or cookies, and decodes it (URL Standard,
+ * application/x-www-form-urlencoded). False: there is none. */
+static bool form_each(slice *rest, char mark, struct buf *name, struct buf *value) {
+    if (rest->len == 0) return false;
+    slice pair = slice_trim(slice_split(rest, mark)), part = slice_split(&pair, '=');
+    for (struct buf *b = name; b != NULL; b = b == name ? value : NULL, part = pair) {
+        buf_clear(b);
+        for (size_t i = 0; i < part.len; i++) {
+            int64_t code = part.p[i] == '%' && part.len - i > 2 ? slice_number((slice){part.p + i + 1, 2}, 16) : -1;
+            buf_addc(b, code >= 0 ? (char)code : part.p[i] == '+' ? ' ' : part.p[i]);
+            i += code >= 0 ? 2 : 0;
+        }
+    }
+    return true;
+}
+
+/* Appends such pairs as a PHP array. */
+static void php_form(struct buf *b, slice rest, char mark) {
+    struct buf name = {0}, value = {0}, pairs = {0};
+    size_t n = 0;
+    while (form_each(&rest, mark, &name, &value)) {
+        php_key(&pairs, buf_slice(&name));
+        php_string(&pairs, buf_slice(&value));
+        n++;
+    }
+    buf_printf(b, "a:%zu:{", n);
+    buf_add(b, buf_slice(&pairs));
+    buf_addc(b, '}');
+    buf_free(&name), buf_free(&value), buf_free(&pairs);
+}
+
+static void php_pair(struct buf *b, const char *name, slice value) { php_string(b, slice_of(name)), php_string(b, value); }
+
+/* What PHP has in $_GET, $_SERVER and $_COOKIE. */
+static void worker_request(struct buf *b, const struct client *cl, const struct request *q) {
+    slice cookies = S("");
+    const char *ip = addr_text(&cl->c->peer), *colon = strrchr(ip, ':');
+    slice address = {ip, colon != NULL ? (size_t)(colon - ip) : 0};
+    struct buf headers = {0};
+    size_t n = 9;
+    for (slice rest = q->lines; rest.len > 0; n++) {
+        slice value = slice_split(&rest, '\n'), name = slice_split(&value, ':');
+        value = slice_trim(slice_take(value, value.len - 1));
+        if (slice_eqcase(name, S("Cookie"))) cookies = value;
+        buf_printf(&headers, "s:%zu:\"HTTP_", name.len + 5);
+        for (size_t i = 0; i < name.len; i++)
+            buf_addc(&headers, name.p[i] == '-' ? '_' : lower(name.p[i]) != name.p[i] || name.p[i] < 'a' || name.p[i] > 'z' ? name.p[i] : (char)(name.p[i] - 32));
+        buf_add(&headers, S("\";"));
+        php_string(&headers, value);
+    }
+    buf_add(b, S("a:3:{s:3:\"get\";"));
+    php_form(b, q->query, '&');
+    buf_printf(b, "s:6:\"server\";a:%zu:{", n);
+    php_pair(b, "QUERY_STRING", q->query);
+    php_pair(b, "REQUEST_METHOD", q->method);
+    php_pair(b, "REQUEST_URI", q->target);
+    php_pair(b, "SERVER_PROTOCOL", S("HTTP/1.1"));
+    php_pair(b, "SERVER_NAME", q->header[HOST]);
+    buf_add(b, S("s:12:\"CONTENT_TYPE\";N;"));
+    php_pair(b, "REMOTE_ADDR", address);
+    buf_printf(b, "s:11:\"REMOTE_PORT\";i:%u;s:11:\"SERVER_PORT\";i:%u;", cl->c->peer.port, backend.port);
+    buf_add(b, buf_slice(&headers));
+    buf_add(b, S("}s:6:\"cookie\";"));
+    php_form(b, cookies, ';');
+    buf_addc(b, '}');
+    buf_free(&headers);
+}
+
+/* `greet` of the chat: a new client, which a worker takes if there is one. */
+static void worker_greet(struct client *cl, const struct request *q) {
+    struct peer *p = backend.peers;
+    while (p != NULL && !(p->gateway && p->worker && !p->c->closing)) p = p->next;
+    if (p == NULL) return;
+    struct buf request = {0};
+    client_desk(cl)->taken = true;
+    worker_event(cl, ON_CONNECT, S(""));
+    worker_request(&request, cl, q);
+    worker_event(cl, ON_WEBSOCKET, buf_slice(&request));
+    buf_free(&request);
+}
+
+/* WORKER_CONNECT: it replaces an older one of its name at its address. */
+static void worker_connect(struct conn *c, slice name) {
+    struct peer *peer = c->state;
+    peer->worker = true;
+    peer->ping_ms = now.ms + PEER_PING_MS;
+    buf_clear(&peer->name);
+    buf_add(&peer->name, name);
+    for (struct peer *p = backend.peers; p != NULL; p = p->next)
+        if (p != peer && p->gateway && p->worker && slice_eq(buf_slice(&p->name), name) &&
+            memcmp(p->c->peer.ip, c->peer.ip, sizeof c->peer.ip) == 0)
+            conn_close(p->c, "there is a new worker of this name");
+    log_info("%s: worker %.*s", addr_text(&c->peer), F(name));
+}
+
+/* ---- The gateway. ---- */
+
+/* Does whoever sent this first packet know the secret? */
+static bool gateway_greet(struct conn *c, const struct packet *p) {
+    struct json_field f[] = {{.name = "secret_key"}, {.name = "worker_key"}};
+    struct peer *peer = c->state;
+    size_t where;
+    if (p->cmd != 200 && p->cmd != 202) return peer->known;
+    bool json = json_pick(p->body, f, 2, &where) == NULL && f[0].raw.p != NULL && *f[0].raw.p == '"';
+    if (!json || !key_is(&backend.gateway_key, json_get(f[0].raw, &backend.ext))) return false;
+    peer->known = true;
+    if (p->cmd == 200) worker_connect(c, json_get(f[1].raw, &backend.ext));
+    return true;
+}
+
+static void gateway_command(struct conn *c, const struct packet *p) {
+    struct client *cl = gateway_client(p->number);
+    struct room *group = p->cmd == 27 ? room_find(S("rooms/"), p->ext) : NULL;
+    struct buf reply = {0};
+    if (p->cmd == 6 || p->cmd == 14 || p->cmd == 22) gateway_send(p);
+    while (group != NULL && group->first != NULL) gateway_leave(group->first->c->state, group->first);
+    if (gateway_ask(p, cl, &reply)) {
+        if (reply.len > ANSWER_MAX) conn_close(c, "it asked for too much");
+        buf_be(&c->out, reply.len, 4);
+        buf_add(&c->out, buf_slice(&reply));
+        conn_touch(c);
+    } else if (cl != NULL) {
+        gateway_order(p, cl);
+    }
+    buf_free(&reply);
+}
+
+static ssize_t gateway_feed(struct conn *c, char *p, size_t n) {
+    const struct peer *peer = c->state;
+    uint32_t len = n >= 4 ? be32(p) : PACKET_HEAD;
+    if (len < PACKET_HEAD || len > (peer->known ? PACKET_MAX : STRANGER_BYTES))
+        return conn_close(c, "no packet has this length"), -1;
+    if (n < len || n < PACKET_HEAD) return peer_wait(c);
+    uint32_t ext = be32(p + 24), all = len - PACKET_HEAD;
+    struct packet packet = {.cmd = (unsigned char)p[4], .flag = p[21], .number = be32(p + 17)};
+    packet.ext = (slice){p + PACKET_HEAD, ext < all ? ext : all};
+    packet.body = (slice){p + PACKET_HEAD + packet.ext.len, all - packet.ext.len};
+    if (!gateway_greet(c, &packet)) return conn_close(c, "wrong secret key"), -1;
+    c->deadline_ms = 0;
+    gateway_command(c, &packet);
+    return c->closing ? -1 : (ssize_t)len;
+}
+
+/* Also tells a worker that we live, unless it must be on this machine. */
+static void gateway_tick(struct conn *c) {
+    struct peer *peer = c->state;
+    peer_tick(c);
+    if (!peer->worker || now.ms < peer->ping_ms || memcmp(chat.gateway, (uint8_t[]){127, 0, 0, 1}, 4) == 0) return;
+    peer->ping_ms = now.ms + PEER_PING_MS;
+    buf_be(&c->out, PACKET_HEAD, 4), buf_be(&c->out, 201, 1);
+    buf_be(&c->out, 0, 8), buf_be(&c->out, 0, 8), buf_be(&c->out, 1, 1), buf_be(&c->out, 0, 6);
+    conn_touch(c);
+}
+
+static void gateway_closed(struct conn *c) {
+    const struct peer *peer = c->state;
+    void **all = peer->worker ? clients_all() : NULL;
+    for (size_t i = 0; all != NULL && all[i] != NULL; i++) {
+        struct client *cl = all[i];
+        if (cl->desk != NULL && cl->desk->worker == c) cl->desk->worker = NULL;
+    }
+    free(all);
+    peer_closed(c);
+}
+
+static const struct proto gateway_proto = {
+    .name = "gateway", .feed = gateway_feed, .tick = gateway_tick, .closed = gateway_closed,
+};
+
+/* A second has passed at the listener. */
+static void backend_tick(struct conn *l) {
+    conn_touch(l);
+    if (l->state == &gateway_proto) join_tick();
+}
+
+static const struct proto backend_listener = {
+    .name = "listener", .accepted = peer_accepted, .tick = backend_tick, .closed = listener_closed,
+};
+
+/* Reads the secrets, at the start and at SIGHUP. False, after a line in the log: one stays as it was. */
+static bool backend_load(void) {
+    bool ok = key_load("--gateway-key-file", opt.gateway_key_file, &backend.gateway_key);
+    return key_load("--admin-key-file", opt.admin_key_file, &backend.admin_key) && ok;
+}
+
+/* ---- The same by HTTP. ---- */
+
+enum api_field { A_ROOM, A_UID, A_CLIENT, A_MESSAGE, A_MSG, A_NAME, A_TOKEN, A_BEFORE, A_COUNT, API_FIELDS };
+
+static const char *const api_names[API_FIELDS] = {
+    "room", "uid", "client_id", "message", "msg", "name", "device_token", "before", "count",
+};
+
+static struct {
+    struct conn *c;                    /* who asks now... */
+    const struct request *q;           /* ...and what */
+    struct buf value[API_FIELDS];      /* fields of that */
+    bool given[API_FIELDS];
+    slice raw;                         /* the message, if it is a JSON array or object */
+    struct buf name, json;             /* decoded; the answer */
+} api;
+
+static slice api_value(enum api_field field) { return buf_slice(&api.value[field]); }
+
+#define JSON_TYPE "Content-Type: application/json\r\nCache-Control: no-store\r\n"
+
+/* Answers with what api.json holds. */
+static bool api_answer(void) {
+    buf_add(&api.json, S("\n"));
+    http_reply(api.c, api.q, "200 OK", S(JSON_TYPE), buf_slice(&api.json));
+    buf_free(&api.json);   /* it may be long */
+    return true;
+}
+
+/* Answers with an error. Returns false, for its callers. */
+PRINTF(3, 4) static bool api_fail(const char *status, const char *code, const char *format, ...) {
+    char message[200];
+    struct buf headers = {0};
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    buf_clear(&api.json);
+    buf_addc(&api.json, '{');
+    json_add(&api.json, "code", slice_of(code));
+    json_add(&api.json, "message", slice_of(message));
+    buf_add(&api.json, S("}\n"));
+    buf_add(&headers, S(JSON_TYPE));
+    if (strncmp(status, "401", 3) == 0) buf_add(&headers, S("WWW-Authenticate: Bearer\r\n"));
+    if (strncmp(status, "405", 3) == 0) buf_printf(&headers, "Allow: %s\r\n", format[0] == 'P' ? "POST" : "GET");
+    http_reply(api.c, api.q, status, buf_slice(&headers), buf_slice(&api.json));
+    buf_free(&headers);
+    return false;
+}
+
+static bool api_bad(const char *why) { return api_fail("400 Bad Request", "bad_field", "%s", why); }
+
+static bool api_done(const char *what, slice value) {
+    buf_clear(&api.json);
+    buf_add(&api.json, S("{\"ok\":true"));
+    if (what != NULL) json_name(&api.json, what), buf_add(&api.json, value);
+    buf_addc(&api.json, '}');
+    return api_answer();
+}
+
+static bool api_done_count(const char *what, size_t n) {
+    char text[24];
+    snprintf(text, sizeof text, "%zu", n);
+    return api_done(what, slice_of(text));
+}
+
+/* May whoever asks do so? Without a secret he must be on this machine, and no page that a browser has from
+ * elsewhere: neither directly (Origin), nor under a name that means us now (Host). */
+static bool api_allowed(void) {
+    const slice *h = api.q->header;
+    slice key = h[AUTHORIZATION], scheme = slice_split(&key, ' '), host = h[HOST], origin = h[ORIGIN];
+    struct addr a;
+    bool bracket = slice_starts(host, S("[")), post = slice_eq(api.q->method, S("POST"));
+    if (bracket) host = slice_cut(host, 1);
+    host = slice_split(&host, bracket ? ']' : ':');
+    bool here = slice_eqcase(host, S("localhost")) ||
+                (addr_parse(host, &a) && (addr_is_v4(&a) ? a.ip[12] == 127 : a.ip[15] == 1 && bracket));
+    if (backend.admin_key.len > 0 && (!slice_eqcase(scheme, S("Bearer")) || !key_is(&backend.admin_key, slice_trim(key))))
+        return api_fail("401 Unauthorized", "unauthorized", "the key is missing or wrong (--admin-key-file)");
+    if (backend.admin_key.len == 0 && !here && !api.c->peer.local && h[HOST].len > 0)
+        return api_fail("403 Forbidden", "forbidden", "Host must be 127.x.x.x, [::1] or localhost");
+    if (origin.len == 0) return true;
+    slice site = slice_starts(origin, S("https://")) ? slice_cut(origin, 8)
+               : slice_starts(origin, S("http://")) ? slice_cut(origin, 7) : S("");
+    if (site.len == 0 || !slice_eqcase(site, h[HOST]))
+        return api_fail("403 Forbidden", "forbidden", "pages of other sites are not answered (Origin)");
+    slice type = h[CONTENT_TYPE];
+    if (post && !slice_eqcase(slice_trim(slice_split(&type, ';')), S("application/json")))
+        return api_fail("415 Unsupported Media Type", "bad_request", "pages must send application/json");
+    return true;
+}
+
+/* Reads the fields of a query, form or JSON object. False, after an answer: it is none. */
+static bool api_read(void) {
+    struct json_field f[API_FIELDS];
+    slice type = api.q->header[CONTENT_TYPE], rest = api.q->query, body = api.q->body;
+    size_t where;
+    for (int i = 0; i < API_FIELDS; i++) {
+        f[i] = (struct json_field){.name = api_names[i]};
+        api.given[i] = false;
+        buf_clear(&api.value[i]);
+    }
+    api.raw = S("");
+    if (slice_eq(api.q->method, S("POST"))) rest = body;
+    bool form = rest.p != body.p || slice_eqcase(slice_trim(slice_split(&type, ';')), S("application/x-www-form-urlencoded"));
+    if (!form || slice_starts(body, S("{"))) {   /* curl calls everything a form */
+        const char *why = json_pick(body, f, API_FIELDS, &where);
+        if (why != NULL) return api_fail("400 Bad Request", "bad_request", "byte %zu: %s", where, why);
+        for (int i = 0; i < API_FIELDS; i++) {
+            slice raw = f[i].raw;
+            api.given[i] = raw.p != NULL && *raw.p != 'n';
+            bool ok = json_text(raw, &api.value[i]);
+            if (!ok && i == A_MESSAGE && (*raw.p == '{' || *raw.p == '[')) api.raw = raw;
+            else if (!ok) return api_fail("400 Bad Request", "bad_field", "%s must be text", api_names[i]);
+        }
+        return true;
+    }
+    for (struct buf value = {0}; form_each(&rest, '&', &api.name, &value) || (buf_free(&value), false);)
+        for (int i = 0; i < API_FIELDS; i++) {
+            if (!slice_eq(buf_slice(&api.name), slice_of(api_names[i]))) continue;
+            buf_clear(&api.value[i]);
+            buf_add(&api.value[i], buf_slice(&value));
+            api.given[i] = true;
+        }
+    for (int i = 0; i < API_FIELDS; i++)
+        if (!utf8_valid(api_value(i))) return api_fail("400 Bad Request", "bad_field", "%s is not UTF-8", api_names[i]);
+    return true;
+}
+
+/* The client that was asked for; NULL after an answer. */
+static struct client *api_client(void) {
+    struct client *cl = client_find(api_value(A_CLIENT));
+    if (cl != NULL && !cl->c->closing) return cl;
+    api_fail("404 Not Found", "no_such_client", "client_id: nobody of that id is here");
+    return NULL;
+}
+
+/* The room or inbox that was asked for; NULL after an answer. */
+static struct room *api_room(enum api_field field) {
+    slice name = api_value(field);
+    if (!name_ok(name))
+        return api_fail("400 Bad Request", "bad_field", "%s must be 1 to %d bytes of text, and not 0", api_names[field],
+                        ROOM_MAX_BYTES), NULL;
+    struct room *r = room_open(field == A_ROOM ? S("rooms/") : S("users/"), name);
+    if (r == NULL) api_fail("503 Service Unavailable", "limit", "there are %u rooms (--max-rooms)", opt.max_rooms);
+    else if (r->past->unknown) api_fail("503 Service Unavailable", "storage", "the history cannot be read now");
+    return r == NULL || r->past->unknown ? NULL : r;
+}
+
+/* False, after an answer: not one and only one of these fields is there. */
+static bool api_target(enum api_field a, enum api_field b, enum api_field c) {
+    if (api.given[a] + api.given[b] + api.given[c] == 1) return true;
+    api_fail("400 Bad Request", "bad_field", "one of %s, %s and %s is needed", api_names[a], api_names[b], api_names[c]);
+    return false;
+}
+
+static bool api_send(void) {
+    char id[ID_BYTES + 3];
+    if (!api_target(A_ROOM, A_UID, A_CLIENT)) return false;
+    if (!api.given[A_MESSAGE]) return api_bad("message is missing");
+    if (api.value[A_MESSAGE].len > opt.max_message || api.raw.len > opt.max_message)
+        return api_fail("413 Content Too Large", "too_long", "message is longer than %u bytes (--max-message)", opt.max_message);
+    struct client *cl = api.given[A_CLIENT] ? api_client() : NULL;
+    struct room *r = api.given[A_CLIENT] ? NULL : api_room(api.given[A_ROOM] ? A_ROOM : A_UID);
+    if (cl == NULL && r == NULL) return false;
+    if (api.raw.len > 0) {
+        if (cl != NULL) client_tell(cl, api.raw, false);
+        else room_publish(r, api.raw, NULL);
+        return api_done_count("sent", cl != NULL ? 1 : room_clients(r));
+    }
+    slice name = api.given[A_NAME] ? api_value(A_NAME) : S("system");
+    if (name.len > NAME_MAX_BYTES || !is_text(name, ' ', ' ')) return api_bad("name is no text of at most 64 bytes");
+    buf_clear(&api.name);
+    html_escape(&api.name, name, false);
+    buf_addc(&api.name, '\0');
+    buf_clear(&chat.text);
+    buf_add(&chat.text, api_value(A_MESSAGE));
+    if (!chat_announce(r, cl, buf_slice(&api.name).p, id + 1))
+        return api_fail("503 Service Unavailable", "storage", "the message could not be stored, and nobody got it");
+    if (cl != NULL) return api_done_count("sent", 1);
+    id[0] = id[ID_BYTES + 1] = '"';
+    return api_done("id", (slice){id, ID_BYTES + 2});
+}
+
+static bool api_bind(void) {
+    struct client *cl = api_client();
+    if (cl == NULL || (api.given[A_UID] && api_room(A_UID) == NULL)) return false;
+    if (!api.given[A_UID]) return api_bad("uid is missing");
+    client_identify(cl, api_value(A_UID));
+    return api_done(NULL, S(""));
+}
+
+static bool api_unbind(void) {
+    struct client *cl = api_client();
+    if (cl == NULL) return false;
+    client_identify(cl, S(""));
+    return api_done(NULL, S(""));
+}
+
+static bool api_join(void) {
+    struct client *cl = api_client();
+    struct room *r = cl != NULL ? api_room(A_ROOM) : NULL;
+    if (r == NULL) return false;
+    if (client_join(cl, r, 2) == NULL)
+        return api_fail("409 Conflict", "limit", "this client is in %d rooms already", ROOMS_PER_CLIENT - 2);
+    return api_done(NULL, S(""));
+}
+
+static bool api_leave(void) {
+    struct client *cl = api_client();
+    struct room *r = cl != NULL ? api_room(A_ROOM) : NULL;
+    struct member *m = r != NULL ? room_member(r, cl->c) : NULL;
+    if (m != NULL) gateway_leave(cl, m);
+    return r != NULL && api_done(NULL, S(""));
+}
+
+static bool api_kick(void) {
+    struct buf set = {0};
+    struct client *cl;
+    if (api.given[A_CLIENT] == api.given[A_UID]) return api_bad("one of client_id and uid is needed");
+    set_begin(&set);
+    if (api.given[A_UID]) set_add_room(&set, room_find(S("users/"), api_value(A_UID)));
+    else if ((cl = api_client()) == NULL) return false;
+    else set_add(&set, cl);
+    for (size_t i = 0; (cl = set_get(&set, i)) != NULL; i++) {
+        if (api.given[A_MESSAGE]) client_tell(cl, api.raw.len > 0 ? api.raw : api_value(A_MESSAGE), false);
+        ws_close(cl->c, WS_KICKED, "kicked by the back end");
+    }
+    size_t n = set.len / sizeof cl;
+    buf_free(&set);
+    return api_done_count("kicked", n);
+}
+
+static bool api_push(void) {
+    slice text = api_value(api.given[A_MESSAGE] ? A_MESSAGE : A_MSG);
+    struct buf token = {0}, key = {0};
+    if (!api_target(A_UID, A_TOKEN, A_ROOM)) return false;
+    if (text.len == 0) return api_bad("message (or msg) must be text");
+    if (opt.apns == NULL) return api_fail("503 Service Unavailable", "unavailable", "there is no --apns");
+    if (!api.given[A_TOKEN] && !name_ok(api_value(api.given[A_ROOM] ? A_ROOM : A_UID))) return api_bad("this is no room or user");
+    if (api.given[A_TOKEN] && !token_parse(api_value(A_TOKEN), &token))
+        return buf_free(&token), api_bad("this is no device_token");
+    if (api.given[A_ROOM]) buf_add(&key, S("rooms/")), buf_add(&key, api_value(A_ROOM));
+    uint32_t n = push_show(buf_slice(&token), api_value(A_UID), buf_slice(&key), text);
+    buf_free(&token);
+    buf_free(&key);
+    return api_done_count("phones", n);
+}
+
+/* ---- What is asked for by GET. ---- */
+
+static void api_describe(struct buf *b, const struct client *cl) {
+    buf_addc(b, '{');
+    json_add(b, "client_id", client_key(cl));
+    if (cl->name != NULL) json_add(b, "name", slice_of(cl->name));
+    if (cl->seat != NULL) json_add(b, "room", room_name(cl->seat->room));
+    if (cl->uid != NULL) json_add(b, "uid", slice_of(cl->uid));
+    json_add(b, "address", slice_of(addr_text(&cl->c->peer)));
+    json_name(b, "groups");
+    buf_addc(b, '[');
+    for (const struct member *m = cl->c->joined; m != NULL; m = m->also) {
+        if (m == cl->inbox) continue;
+        if (b->p[b->off + b->len - 1] != '[') buf_addc(b, ',');
+        json_quote(b, room_name(m->room));
+    }
+    buf_add(b, S("]}"));
+}
+
+static bool api_clients(void) {
+    struct buf set = {0};
+    struct client *cl;
+    set_begin(&set);
+    if (api.given[A_ROOM]) set_add_room(&set, room_find(S("rooms/"), api_value(A_ROOM)));
+    else if (api.given[A_UID]) set_add_room(&set, room_find(S("users/"), api_value(A_UID)));
+    else set_add_all(&set);
+    buf_clear(&api.json);
+    buf_add(&api.json, S("{\"clients\":["));
+    for (size_t i = 0; (cl = set_get(&set, i)) != NULL; i++) {
+        if (i > 0) buf_add(&api.json, S(",\n"));
+        api_describe(&api.json, cl);
+    }
+    buf_add(&api.json, S("]}"));
+    buf_free(&set);
+    return api_answer();
+}
+
+static bool api_rooms(void) {
+    struct buf *b = &api.json;
+    void **all = rooms_all();
+    char id[ID_BYTES + 1];
+    buf_clear(b);
+    buf_add(b, S("{\"rooms\":["));
+    for (size_t i = 0; all[i] != NULL; i++) {
+        const struct room *r = all[i];
+        if (room_clients(r) == 0 || !slice_starts(room_key(r), S("rooms/"))) continue;
+        history_newest(r->past, id);
+        buf_add(b, b->p[b->off + b->len - 1] != '[' ? S(",\n{") : S("{"));
+        json_add(b, "room", room_name(r));
+        buf_printf(b, ",\"clients\":%zu", room_clients(r));
+        json_add(b, "id", slice_of(id));
+        buf_addc(b, '}');
+    }
+    buf_add(b, S("]}"));
+    free(all);
+    return api_answer();
+}
+
+static bool api_history(void) {
+    struct room *r = api_room(A_ROOM);
+    if (r == NULL) return false;
+    room_commit(r);
+    int64_t at = api.given[A_BEFORE] ? past_before(r, api_value(A_BEFORE)) : (int64_t)r->past->end;
+    int64_t count = api.given[A_COUNT] ? slice_number(api_value(A_COUNT), 10) : 50;
+    if (at < 0) return api_bad("before must be the id of a message of this room");
+    if (count < 1 || count > HISTORY_MAX) return api_bad("count must be a number from 1 to 200");
+    buf_clear(&api.json);
+    past_last(&api.json, r, (uint64_t)at, count);
+    buf_addc(&api.json, '}');
+    return api_answer();
+}
+
+/* Answers for the administrator what is not allowed, and what begins with /api/. False: something else. */
+static bool api_request(struct conn *c, const struct request *q) {
+    static const struct {
+        const char *path, *method;
+        bool (*answer)(void);
+    } calls[] = {
+        {"/api/send", "POST", api_send}, {"/api/bind", "POST", api_bind}, {"/api/unbind", "POST", api_unbind},
+        {"/api/join", "POST", api_join}, {"/api/leave", "POST", api_leave}, {"/api/kick", "POST", api_kick},
+        {"/api/push", "POST", api_push}, {"/api/clients", "GET", api_clients}, {"/api/rooms", "GET", api_rooms},
+        {"/api/history", "GET", api_history},
+    };
+    api.c = c;
+    api.q = q;
+    if (slice_eq(q->path, S("/health"))) return false;
+    if (!api_allowed()) return true;
+    if (!slice_starts(q->path, S("/api/"))) return false;
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+        if (!slice_eq(q->path, slice_of(calls[i].path))) continue;
+        if (!slice_eq(q->method, slice_of(calls[i].method)))
+            api_fail("405 Method Not Allowed", "bad_method", calls[i].method[0] == 'P' ? "POST is the only method here" : "GET is the only method here");
+        else if (api_read()) calls[i].answer();
+        return true;
+    }
+    api_fail("404 Not Found", "not_found", "there is no such call");
+    return true;
+}
+
+/* Gets ready to know where to go, if --join is given. */
+static void backend_init(uint16_t chat_port) {
+    backend.port = chat_port;
+    if (opt.gateway != NULL) chat.event = worker_event, chat.greet = worker_greet;
+    if (opt.join == NULL) return;
+    slice rest = slice_of(opt.join), host = slice_split(&rest, ':');
+    int64_t port = slice_number(rest, 10);
+    if (opt.gateway == NULL) usage("--join needs --gateway");
+    if (host.len == 0 || host.len >= sizeof backend.host || port < 1 || port > 65535)
+        usage("--join: '%s' is not HOST:PORT", opt.join);
+    memcpy(backend.host, host.p, host.len);
+    snprintf(backend.register_port, sizeof backend.register_port, "%d", (int)port);
+    backend.join = (struct dial){backend.host, backend.register_port, .proto = &join_proto, .done = join_opened};
 }
 
 /* ==========================================================================
@@ -5101,11 +6741,12 @@ static void page_request(struct conn *c, const struct request *q) {
     else http_reply(c, q, "404 Not Found", S(PLAIN), S("there is a page at / and nothing else\n"));
 }
 
-static const struct site page_site = {page_request, chat_upgraded};
+static const struct site page_site = {page_request, chat_upgraded, 0};
 
 /* The same for the administrator, at --admin. */
 static void admin_request(struct conn *c, const struct request *q) {
     struct buf figures = {0};
+    if (api_request(c, q)) return;
     bool wanted = slice_eq(q->path, S("/metrics"));
     if (wanted) push_metrics(&figures);
     if (wanted) http_reply(c, q, "200 OK", S("Content-Type: text/plain; version=0.0.4\r\n"), buf_slice(&figures));
@@ -5113,9 +6754,9 @@ static void admin_request(struct conn *c, const struct request *q) {
     buf_free(&figures);
 }
 
-static void admin_upgraded(struct conn *c) { conn_close(c, "there is no WebSocket here"); }
+static void admin_upgraded(struct conn *c, const struct request *q) { (void)q, conn_close(c, "there is no WebSocket here"); }
 
-static const struct site admin_site = {admin_request, admin_upgraded};
+static const struct site admin_site = {admin_request, admin_upgraded, API_BYTES};
 
 /* ==========================================================================
  * 13. Main
@@ -5186,7 +6827,12 @@ static struct option {
     {"apns-format", "N", 0, &opt.apns_format, 0, 2, 2, NULL, NULL, "binary packets: command 0 or 2"},
     {"push-content", "WHAT", 0, NULL, 0, 0, 0, NULL, &opt.push_content, "shown: full, name or none (full)"},
     {"push-test", "TOKEN", 0, NULL, 0, 0, 0, NULL, &opt.push_test, "push one TEXT there, say what came of it, and end"},
-    {"admin", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.admin, "ADDR:PORT of this machine, for /metrics"},
+    {"admin", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.admin, "ADDR:PORT of this machine, for orders and /metrics"},
+    {"admin-key-file", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.admin_key_file, "bearer key for --admin, at any address then"},
+    {"gateway", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.gateway, "inner port for GatewayClient: IPv4:PORT"},
+    {"register", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.reg, "register for GatewayClient: ADDR:PORT"},
+    {"join", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.join, "tell this register of us: HOST:PORT"},
+    {"gateway-key-file", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.gateway_key_file, "secret key of these three"},
     {"trust-proxy", "CIDR", 0, NULL, 0, 0, 0, http_trust, NULL, "proxy whose X-Forwarded-For counts; repeatable"},
     {"ping", "SECONDS", 0, &opt.ping_s, 1, 86400, 25, NULL, NULL, "silence before a ping; three and it is gone"},
     {"timeout", "SECONDS", 0, &opt.timeout_s, 1, 3600, 10, NULL, NULL, "time for a whole HTTP request"},
@@ -5276,15 +6922,16 @@ static void limit_clients(void) {
     opt.max_clients = (uint32_t)most;
 }
 
-/* One --bind: "unix:/path", "127.0.0.1", "127.0.0.1:80", "[::1]:80" or "::1", with
- * "tls:" or "plain:" in front; NULL is every address. */
-static void listen_on(const char *spec, const struct site *site) {
+/* Listens at an address given by an option: "unix:/path", "127.0.0.1", "127.0.0.1:80",
+ * "[::1]:80" or "::1"; for --bind (the first letter counts) with "tls:" or "plain:" in
+ * front; NULL is every address. Returns the listener. */
+static struct conn *listen_on(const char *option, const char *spec, const struct proto *proto, const void *state) {
     slice host = slice_of(spec != NULL ? spec : ""), port = S("");
-    bool plain = slice_starts(host, S("plain:")), tls = slice_starts(host, S("tls:"));
+    bool web = proto == &http_listener, plain = slice_starts(host, S("plain:")), tls = slice_starts(host, S("tls:"));
     if (plain || tls) slice_split(&host, ':');
-    if (tls && opt.tls_cert == NULL) usage("--bind: '%s' needs --tls-cert", spec);
-    tls = opt.tls_cert != NULL && !plain;
-    bool local = slice_starts(host, S("unix:")), bracket = slice_starts(host, S("["));
+    if (tls && opt.tls_cert == NULL) usage("%s: '%s' needs --tls-cert", option, spec);
+    tls = opt.tls_cert != NULL && !plain && web;
+    bool local = slice_starts(host, S("unix:")) && web, bracket = slice_starts(host, S("["));
     const char *colon = strchr(host.p, ':'), *why;
     char name[108] = "";
     if (local) host = slice_cut(host, 5);
@@ -5292,14 +6939,24 @@ static void listen_on(const char *spec, const struct site *site) {
     else if (colon != NULL && colon == strrchr(colon, ':')) port = slice_of(colon), host.len -= port.len;
     int64_t number = port.len == 0 ? opt.port : *port.p == ':' ? slice_number(slice_cut(port, 1), 10) : -1;
     bool bad = number < 0 || number > 65535 || host.len >= sizeof name || (bracket && strchr(host.p, ']') == NULL);
-    if (bad || (spec != NULL && host.len == 0)) usage("--bind: '%s' is not ADDR, ADDR:PORT or unix:PATH", spec);
+    if (bad || (spec != NULL && host.len == 0)) usage("%s: '%s' is not ADDR, ADDR:PORT or unix:PATH", option, spec);
     memcpy(name, host.p, host.len);
-    /* Who reaches the figures needs no password, so they are for this machine alone. */
-    bool here = local || strncmp(name, "127.", 4) == 0 || strcmp(name, "::1") == 0 || strcmp(name, "localhost") == 0;
-    if (site == &admin_site && !here) usage("--admin: '%s' is not of 127.0.0.1, ::1, localhost or unix:", spec);
-    if (local) why = listen_unix(name, &http_listener, site);
-    else why = listen_tcp(name, (uint16_t)number, tls, &http_listener, site);
-    if (why != NULL) die("--bind %s, --port %u: %s", spec != NULL ? spec : "(all)", opt.port, why);
+    struct addr a;
+    bool four = addr_parse(slice_of(name), &a) && addr_is_v4(&a) && memcmp(a.ip + 12, "\0\0\0", 4) != 0;
+    if (state == &gateway_proto && (!four || port.len == 0)) usage("%s: '%s' is not IPv4:PORT, as ids have it", option, spec);
+    /* Without a key whoever gets there may do anything, so they are for this machine alone. */
+    bool here = local || (four && a.ip[12] == 127) || strcmp(name, "::1") == 0 || strcmp(name, "localhost") == 0;
+    const char *key = web ? opt.admin_key_file : opt.gateway_key_file;
+    if (state != &page_site && !here && key == NULL)
+        usage("%s: '%s' is not of this machine (127.0.0.1, ::1...): that needs %s", option, spec,
+              web ? "--admin-key-file" : "--gateway-key-file");
+    uint32_t before = loop.n;
+    char label[16] = "";
+    if (state != &page_site) snprintf(label, sizeof label, " (%s)", option + 2);
+    if (local) why = listen_unix(name, proto, state, label);
+    else why = listen_tcp(name, (uint16_t)number, tls, proto, state, label);
+    if (why != NULL) die("%s %s, --port %u: %s", option, spec != NULL ? spec : "(all)", opt.port, why);
+    return loop.conn[before];
 }
 
 /* Reads the certificate, when we start, and again at SIGHUP. False: it stays as it was. */
@@ -5308,7 +6965,7 @@ static bool load_files(void) {
     const char *key = opt.tls_key != NULL ? opt.tls_key : opt.tls_cert;
     const char *why = opt.tls_cert != NULL ? tls_load(opt.tls_cert, key) : NULL;
     if (why != NULL) log_warn("--tls-cert %s, --tls-key %s: %s", opt.tls_cert, key, why);
-    return why == NULL;
+    return backend_load() && why == NULL;
 }
 
 static void reload_files(void) {
@@ -5343,10 +7000,16 @@ int main(int argc, char **argv) {
     sigaction(SIGHUP, &hangup, NULL);
     sigaction(SIGCHLD, &ignore, NULL);   /* who looks up a name is not waited for */
     if (opt.push_test != NULL) return push_try(), 1;
-    if (mains.n_binds == 0) listen_on(NULL, &page_site);
-    for (uint32_t i = 0; i < mains.n_binds; i++) listen_on(mains.binds[i], &page_site);
-    if (opt.admin != NULL) listen_on(opt.admin, &admin_site);
-    chat_init(loop.conn[0]->peer.port);
+    if (mains.n_binds == 0) listen_on("--bind", NULL, &http_listener, &page_site);
+    for (uint32_t i = 0; i < mains.n_binds; i++) listen_on("--bind", mains.binds[i], &http_listener, &page_site);
+    if (opt.admin != NULL) listen_on("--admin", opt.admin, &http_listener, &admin_site);
+    if (opt.reg != NULL) listen_on("--register", opt.reg, &backend_listener, &register_proto);
+    static const uint8_t here[16] = {[12] = 127, [15] = 1};
+    struct addr chat_at = loop.conn[0]->peer, id = {.port = chat_at.port};
+    memcpy(id.ip, here, sizeof here);
+    if (opt.gateway != NULL) id = listen_on("--gateway", opt.gateway, &backend_listener, &gateway_proto)->peer;
+    chat_init(id.ip + 12, id.port);
+    backend_init(chat_at.port);
     loop_run();
     if (opt.apns != NULL) push_stop();
     log_info("stopped");
