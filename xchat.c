@@ -1582,6 +1582,7 @@ struct site {   /* what a listener serves: its `state`, and that of its HTTP con
     void (*request)(struct conn *c, const struct request *q);   /* answers by http_reply() */
     void (*upgraded)(struct conn *c, const struct request *q);   /* sets proto, and a state: first a struct ws */
     int64_t body;   /* how long that of a request may be */
+    bool (*allowed)(struct conn *c, struct request *q);   /* or NULL; false: it has been answered */
 };
 
 struct ws {
@@ -1852,6 +1853,7 @@ static ssize_t http_feed(struct conn *c, char *p, size_t n) {
     if (why == NULL && q.length > 0 && site->body == 0) why = "no body is taken here\n";
     if (why != NULL) return http_refuse(c, "400 Bad Request", S(PLAIN), why);
     if (q.length > site->body) return http_refuse(c, "413 Content Too Large", S(PLAIN), "the body is too long\n");
+    if (site->allowed != NULL && !site->allowed(c, &q)) return -1;   /* before the body is waited for */
     q.body = slice_cut((slice){p, n}, (size_t)end);
     if (q.body.len == 0 && q.length > 0 && slice_eqcase(q.header[EXPECT], S("100-continue")))
         buf_add(&c->out, S("HTTP/1.1 100 Continue\r\n\r\n")), conn_touch(c);
@@ -6116,29 +6118,33 @@ static bool api_done_count(const char *what, size_t n) {
     return api_done(what, slice_of(text));
 }
 
-/* May whoever asks do so? Without a secret he must be on this machine, and no page that a browser has from
+/* `allowed` of the administrator's site. Without a secret he must be on this machine, and no page that a browser has from
  * elsewhere: neither directly (Origin), nor under a name that means us now (Host). */
-static bool api_allowed(void) {
-    const slice *h = api.q->header;
+static bool api_allowed(struct conn *c, struct request *q) {
+    const slice *h = q->header;
     slice key = h[AUTHORIZATION], scheme = slice_split(&key, ' '), host = h[HOST], origin = h[ORIGIN];
     struct addr a;
-    bool bracket = slice_starts(host, S("[")), post = slice_eq(api.q->method, S("POST"));
+    bool bracket = slice_starts(host, S("[")), post = slice_eq(q->method, S("POST")), keep = q->keep;
+    if (slice_eq(q->path, S("/health"))) return true;
+    api.c = c;
+    api.q = q;
+    q->keep = false;   /* a body may be on its way */
     if (bracket) host = slice_cut(host, 1);
     host = slice_split(&host, bracket ? ']' : ':');
     bool here = slice_eqcase(host, S("localhost")) ||
                 (addr_parse(host, &a) && (addr_is_v4(&a) ? a.ip[12] == 127 : a.ip[15] == 1 && bracket));
     if (backend.admin_key.len > 0 && (!slice_eqcase(scheme, S("Bearer")) || !key_is(&backend.admin_key, slice_trim(key))))
         return api_fail("401 Unauthorized", "unauthorized", "the key is missing or wrong (--admin-key-file)");
-    if (backend.admin_key.len == 0 && !here && !api.c->peer.local && h[HOST].len > 0)
+    if (backend.admin_key.len == 0 && !here && !c->peer.local && h[HOST].len > 0)
         return api_fail("403 Forbidden", "forbidden", "Host must be 127.x.x.x, [::1] or localhost");
-    if (origin.len == 0) return true;
     slice site = slice_starts(origin, S("https://")) ? slice_cut(origin, 8)
                : slice_starts(origin, S("http://")) ? slice_cut(origin, 7) : S("");
-    if (site.len == 0 || !slice_eqcase(site, h[HOST]))
+    if (origin.len > 0 && (site.len == 0 || !slice_eqcase(site, h[HOST])))
         return api_fail("403 Forbidden", "forbidden", "pages of other sites are not answered (Origin)");
     slice type = h[CONTENT_TYPE];
-    if (post && !slice_eqcase(slice_trim(slice_split(&type, ';')), S("application/json")))
+    if (origin.len > 0 && post && !slice_eqcase(slice_trim(slice_split(&type, ';')), S("application/json")))
         return api_fail("415 Unsupported Media Type", "bad_request", "pages must send application/json");
+    q->keep = keep;
     return true;
 }
 
@@ -6182,6 +6188,7 @@ static bool api_read(void) {
 /* The client that was asked for; NULL after an answer. */
 static struct client *api_client(void) {
     struct client *cl = client_find(api_value(A_CLIENT));
+    if (!api.given[A_CLIENT]) return api_bad("client_id is missing"), NULL;
     if (cl != NULL && !cl->c->closing) return cl;
     api_fail("404 Not Found", "no_such_client", "client_id: nobody of that id is here");
     return NULL;
@@ -6190,6 +6197,8 @@ static struct client *api_client(void) {
 /* The room or inbox that was asked for; NULL after an answer. */
 static struct room *api_room(enum api_field field) {
     slice name = api_value(field);
+    if (name.len > ROOM_MAX_BYTES)
+        return api_fail("400 Bad Request", "too_long", "%s is longer than %d bytes", api_names[field], ROOM_MAX_BYTES), NULL;
     if (!name_ok(name))
         return api_fail("400 Bad Request", "bad_field", "%s must be 1 to %d bytes of text, and not 0", api_names[field],
                         ROOM_MAX_BYTES), NULL;
@@ -6371,7 +6380,7 @@ static bool api_history(void) {
     return api_answer();
 }
 
-/* Answers for the administrator what is not allowed, and what begins with /api/. False: something else. */
+/* Answers the administrator what begins with /api/. False: it is something else. */
 static bool api_request(struct conn *c, const struct request *q) {
     static const struct {
         const char *path, *method;
@@ -6384,8 +6393,6 @@ static bool api_request(struct conn *c, const struct request *q) {
     };
     api.c = c;
     api.q = q;
-    if (slice_eq(q->path, S("/health"))) return false;
-    if (!api_allowed()) return true;
     if (!slice_starts(q->path, S("/api/"))) return false;
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
         if (!slice_eq(q->path, slice_of(calls[i].path))) continue;
@@ -6741,7 +6748,7 @@ static void page_request(struct conn *c, const struct request *q) {
     else http_reply(c, q, "404 Not Found", S(PLAIN), S("there is a page at / and nothing else\n"));
 }
 
-static const struct site page_site = {page_request, chat_upgraded, 0};
+static const struct site page_site = {page_request, chat_upgraded, 0, NULL};
 
 /* The same for the administrator, at --admin. */
 static void admin_request(struct conn *c, const struct request *q) {
@@ -6756,7 +6763,7 @@ static void admin_request(struct conn *c, const struct request *q) {
 
 static void admin_upgraded(struct conn *c, const struct request *q) { (void)q, conn_close(c, "there is no WebSocket here"); }
 
-static const struct site admin_site = {admin_request, admin_upgraded, API_BYTES};
+static const struct site admin_site = {admin_request, admin_upgraded, API_BYTES, api_allowed};
 
 /* ==========================================================================
  * 13. Main
