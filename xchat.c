@@ -868,7 +868,7 @@ struct conn {
     bool muted : 1;                            /* TLS must read before it can write */
     bool hello : 1;                            /* TLS is to begin; a listener's: with all it accepts */
     bool plain : 1;                            /* but it did not: the peer does not speak TLS */
-    bool counted : 1, proxy : 1, refused : 1;  /* chapter 5's */
+    bool counted : 1, proxy : 1, refused : 1, expected : 1;   /* chapter 5's */
 };
 
 static struct {
@@ -1855,9 +1855,11 @@ static ssize_t http_feed(struct conn *c, char *p, size_t n) {
     if (q.length > site->body) return http_refuse(c, "413 Content Too Large", S(PLAIN), "the body is too long\n");
     if (site->allowed != NULL && !site->allowed(c, &q)) return -1;   /* before the body is waited for */
     q.body = slice_cut((slice){p, n}, (size_t)end);
-    if (q.body.len == 0 && q.length > 0 && slice_eqcase(q.header[EXPECT], S("100-continue")))
+    bool expected = (int64_t)q.body.len < q.length;
+    if (expected && !c->expected && slice_eqcase(q.header[EXPECT], S("100-continue")))
         buf_add(&c->out, S("HTTP/1.1 100 Continue\r\n\r\n")), conn_touch(c);
-    if ((int64_t)q.body.len < q.length) return 0;
+    c->expected = expected;
+    if (expected) return 0;
     q.body.len = (size_t)q.length;
     return http_answer(c, &q) < 0 ? -1 : end + (ssize_t)q.length;
 }
@@ -6129,10 +6131,12 @@ static bool api_allowed(struct conn *c, struct request *q) {
     api.c = c;
     api.q = q;
     q->keep = false;   /* a body may be on its way */
-    if (bracket) host = slice_cut(host, 1);
-    host = slice_split(&host, bracket ? ']' : ':');
-    bool here = slice_eqcase(host, S("localhost")) ||
-                (addr_parse(host, &a) && (addr_is_v4(&a) ? a.ip[12] == 127 : a.ip[15] == 1 && bracket));
+    const char *end = memchr(host.p, bracket ? ']' : ':', host.len);
+    slice port = end != NULL ? slice_cut(host, (size_t)(end - host.p) + bracket) : S("");
+    host = slice_cut(slice_take(host, host.len - port.len - (bracket && end != NULL)), bracket);
+    bool here = slice_eqcase(host, S("localhost")) || slice_eq(host, S("::1")) ||
+                (addr_parse(host, &a) && addr_is_v4(&a) && a.ip[12] == 127);
+    if (port.len > 0) here = here && *port.p == ':' && slice_number(slice_cut(port, 1), 10) >= 0;
     if (backend.admin_key.len > 0 && (!slice_eqcase(scheme, S("Bearer")) || !key_is(&backend.admin_key, slice_trim(key))))
         return api_fail("401 Unauthorized", "unauthorized", "the key is missing or wrong (--admin-key-file)");
     if (backend.admin_key.len == 0 && !here && !c->peer.local && h[HOST].len > 0)
@@ -6754,7 +6758,7 @@ static const struct site page_site = {page_request, chat_upgraded, 0, NULL};
 static void admin_request(struct conn *c, const struct request *q) {
     struct buf figures = {0};
     if (api_request(c, q)) return;
-    bool wanted = slice_eq(q->path, S("/metrics"));
+    bool wanted = slice_eq(q->path, S("/metrics")) && slice_eq(q->method, S("GET"));
     if (wanted) push_metrics(&figures);
     if (wanted) http_reply(c, q, "200 OK", S("Content-Type: text/plain; version=0.0.4\r\n"), buf_slice(&figures));
     else page_request(c, q);
