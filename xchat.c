@@ -6136,7 +6136,8 @@ static bool api_allowed(struct conn *c, struct request *q) {
     host = slice_cut(slice_take(host, host.len - port.len - (bracket && end != NULL)), bracket);
     bool here = slice_eqcase(host, S("localhost")) || slice_eq(host, S("::1")) ||
                 (addr_parse(host, &a) && addr_is_v4(&a) && a.ip[12] == 127);
-    if (port.len > 0) here = here && *port.p == ':' && slice_number(slice_cut(port, 1), 10) >= 0;
+    here = here && (end != NULL || !bracket) &&
+           (port.len == 0 || (*port.p == ':' && slice_number(slice_cut(port, 1), 10) >= 0));
     if (backend.admin_key.len > 0 && (!slice_eqcase(scheme, S("Bearer")) || !key_is(&backend.admin_key, slice_trim(key))))
         return api_fail("401 Unauthorized", "unauthorized", "the key is missing or wrong (--admin-key-file)");
     if (backend.admin_key.len == 0 && !here && !c->peer.local && h[HOST].len > 0)
@@ -6758,7 +6759,7 @@ static const struct site page_site = {page_request, chat_upgraded, 0, NULL};
 static void admin_request(struct conn *c, const struct request *q) {
     struct buf figures = {0};
     if (api_request(c, q)) return;
-    bool wanted = slice_eq(q->path, S("/metrics")) && slice_eq(q->method, S("GET"));
+    bool wanted = slice_eq(q->path, S("/metrics")) && !slice_eq(q->method, S("POST"));
     if (wanted) push_metrics(&figures);
     if (wanted) http_reply(c, q, "200 OK", S("Content-Type: text/plain; version=0.0.4\r\n"), buf_slice(&figures));
     else page_request(c, q);
