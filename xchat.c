@@ -5,8 +5,7 @@
  *
  * then open http://localhost:7272/ in two windows and talk.
  *
- * Contents. The file reads bottom-up: what is called stands above its caller. (The
- * numbers left out are those of chapters still to come.)
+ * Contents. The file reads bottom-up: what is called stands above its caller.
  *
  *      1. Bytes               slices, growable buffers, UTF-8, clock, log
  *      2. JSON                strict reader that borrows, writer that escapes
@@ -17,7 +16,8 @@
  *      7. Rooms               a room is a log, a member is a cursor in it
  *      8. Push                phones whose app is asleep are woken, through Apple
  *      9. Chat                login, say, logout: the protocol people know
- *     10. Back end            orders from a site: in PHP (GatewayClient), or by HTTP
+ *     10. Back end            orders from a site in PHP: GatewayClient, workers
+ *     11. HTTP API            the same for everybody else
  *     12. Page                the built-in web client, one HTML file
  *     13. Main                options, listeners, signals
  *
@@ -126,6 +126,7 @@ static struct {
 enum {
     NAME_MAX_BYTES = 64, ROOM_MAX_BYTES = 128, REF_MAX_BYTES = 64,
     ROOMS_PER_CLIENT = 64,
+    KEPT_ROOMS = 2,           /* of these, for what a client does itself: its room, its user's inbox */
     JSON_DEPTH = 32,          /* arrays and objects inside each other */
     FRAGMENTS_MAX = 10000,    /* frames that make up one message */
     READ_BYTES = 65536,       /* read from one connection in one round, or from a file */
@@ -183,6 +184,7 @@ static slice slice_cut(slice s, size_t n) { return assert(n <= s.len), (slice){s
 static bool slice_eq(slice a, slice b) { return a.len == b.len && memcmp(a.p, b.p, a.len) == 0; }
 static bool slice_starts(slice s, slice head) { return s.len >= head.len && memcmp(s.p, head.p, head.len) == 0; }
 static char lower(char c) { return c >= 'A' && c <= 'Z' ? (char)(c + ('a' - 'A')) : c; }
+static char upper(char c) { return c >= 'a' && c <= 'z' ? (char)(c - ('a' - 'A')) : c; }
 static bool is_alnum(char c) { return (lower(c) >= 'a' && lower(c) <= 'z') || (c >= '0' && c <= '9'); }
 
 static bool slice_eqcase(slice a, slice b) {
@@ -560,7 +562,8 @@ static bool json_each(slice *rest, slice *key, slice *value) {
         int depth = 0;
         do {
             if (json_skip(&j, "\"", 1) > 0) json_string(&j);
-            else depth += json_skip(&j, "[{", 1) > 0 ? 1 : json_skip(&j, "]}", 1) > 0 ? -1 : (j.rest = slice_cut(j.rest, 1), 0);
+            else if (json_skip(&j, "[{", 1) > 0) depth++;
+            else depth -= json_skip(&j, "]}", 1) > 0 ? 1 : (j.rest = slice_cut(j.rest, 1), 0);
         } while (j.rest.len > 0 && (depth > 0 || !json_at(&j, ",: \t\n\r")));
         *value = slice_take(start, start.len - j.rest.len);
         named = json_take(&j, ":");
@@ -3372,8 +3375,8 @@ static uint32_t push_show(slice token, slice uid, slice room, slice text) {
     if (token.len > 0) buf_add(&tokens, token), buf_addc(&tokens, ' ');
     for (size_t i = 0; i < push.devices.cap; i++) {
         const struct device *d = push.devices.slot[i];
-        bool wanted = d != NULL && (uid.len > 0 ? slice_eq(buf_slice(&d->uid), uid) : a != NULL && device_in(d, a) != NULL);
-        if (wanted) buf_add(&tokens, device_key(d)), buf_addc(&tokens, ' ');
+        if (d != NULL && (uid.len > 0 ? slice_eq(buf_slice(&d->uid), uid) : a != NULL && device_in(d, a) != NULL))
+            buf_add(&tokens, device_key(d)), buf_addc(&tokens, ' ');
     }
     uint32_t n = 0;
     for (slice rest = buf_slice(&tokens); rest.len > 0; n++) {
@@ -4407,8 +4410,8 @@ static struct {
     struct table clients;          /* by id */
     uint32_t first_number, last_number;
     uint8_t gateway[6];            /* IPv4 address and port: the first half of every id */
-    bool (*event)(struct client *cl, int event, slice text);   /* chapter 10's, or NULL: has it been dealt with? */
-    void (*greet)(struct client *cl, const struct request *q); /* chapter 10's, or NULL: a new one */
+    bool (*event)(struct client *cl, int event, slice text);   /* chapter 10's: has it been dealt with? */
+    void (*greet)(struct client *cl, const struct request *q);   /* chapter 10's: there is a new one */
     struct json_field f[FIELDS];   /* of the message at hand */
     slice ref;                     /* its ref, raw JSON, or empty */
     struct buf text, html, name;   /* decoded fields */
@@ -4846,20 +4849,23 @@ static bool chat_letter(struct client *cl) {
     return true;
 }
 
-/* Somebody who is no client says chat.text: in a room, in the inbox of a user, or to one
- * client, who must be there; the others may be NULL. `name` is HTML. False: it could not be
- * stored; else its id, if it has one, is in `id`. */
-static bool chat_announce(struct room *r, struct client *to, const char *name, char id[ID_BYTES + 1]) {
-    char copy[NAME_MAX_BYTES * 6 + 1];
-    struct client nobody = {.name = copy};
-    snprintf(copy, sizeof copy, "%s", name);
+/* Somebody of this name who is no client says a text: in a room, in the inbox of a user, or,
+ * if `r` is NULL, to one client. False: it could not be stored; else its id, if it has one, is
+ * in `id`. */
+static bool chat_announce(struct room *r, struct client *to, slice name, slice text, char id[ID_BYTES + 1]) {
+    struct client nobody = {0};
     snprintf(nobody.id, sizeof nobody.id, "%020d", 0);
+    buf_clear(&chat.html), buf_clear(&chat.text);
+    html_escape(&chat.html, name, false);
+    client_name(&nobody, buf_slice(&chat.html));
+    buf_add(&chat.text, text);
     bool inbox = r != NULL && slice_starts(room_key(r), S("users/"));
     chat.ref = S("");
     *id = '\0';
     if (to != NULL) chat_write_say(&nobody, "to_client_id", client_key(to), says_to_you);
     else if (inbox) chat_write_say(&nobody, "to_uid", room_name(r), says_to_you);
     else chat_write_say(&nobody, "to_client_id", S("all"), S(""));
+    free(nobody.name);
     if (to != NULL) return client_tell(to, chat_end(), false), true;
     chat_publish(r);
     if (!room_commit(r)) return false;
@@ -4910,7 +4916,7 @@ static void chat_message(struct conn *c, slice text) {
     bool ref_ok = why != NULL || ref.p == NULL ||
                   (*ref.p == '"' && json_text(ref, &chat.text) && chat.text.len <= REF_MAX_BYTES);
     chat.ref = why == NULL && ref.p != NULL && ref_ok ? ref : S("");
-    if (!chat_allow(cl) || (chat.event != NULL && chat.event(cl, ON_MESSAGE, text))) return;
+    if (!chat_allow(cl) || chat.event(cl, ON_MESSAGE, text)) return;
     if (why != NULL) chat_error(cl, "bad_json", "byte %zu: %s", at, why);
     else if (!ref_ok) chat_error(cl, "bad_field", "ref must be text of at most %d bytes", REF_MAX_BYTES);
     else if (json_is(type, "say")) chat_say(cl);
@@ -4962,7 +4968,7 @@ static void chat_absent(struct client *cl) {
 static void chat_closed(struct conn *c) {
     struct client *cl = c->state;
     if (cl->phone != NULL) chat_absent(cl);
-    bool known = chat.event != NULL && chat.event(cl, ON_CLOSE, S(""));
+    bool known = chat.event(cl, ON_CLOSE, S(""));
     if (cl->seat != NULL && !known) chat_leave(cl);
     while (c->joined != NULL) room_leave(c->joined);
     table_remove(&chat.clients, client_key(cl));
@@ -4989,16 +4995,18 @@ static void chat_upgraded(struct conn *c, const struct request *q) {
     table_add(&chat.clients, cl);
     c->state = cl;
     c->proto = &chat_proto;
-    if (chat.greet != NULL) chat.greet(cl, q);
+    chat.greet(cl, q);
 }
 
-/* Address (IPv4) and port of the gateway, or what stands for it, go into the ids. */
-static void chat_init(const uint8_t ip[4], uint16_t port) {
+/* Address (IPv4) and port of the gateway, or what stands for it, go into the ids. `event` and
+ * `greet` belong to the back end: see struct chat. */
+static void chat_init(const uint8_t gateway[6], bool (*event)(struct client *cl, int event, slice text),
+                      void (*greet)(struct client *cl, const struct request *q)) {
     uint32_t random;
     chat.clients.key = client_key;
-    memcpy(chat.gateway, ip, 4);
-    chat.gateway[4] = (uint8_t)(port >> 8);
-    chat.gateway[5] = (uint8_t)port;
+    memcpy(chat.gateway, gateway, sizeof chat.gateway);
+    chat.event = event;
+    chat.greet = greet;
     if (RAND_bytes((unsigned char *)&random, sizeof random) != 1) die("no random bytes");
     chat.first_number = chat.last_number = random;
 }
@@ -5036,13 +5044,11 @@ static void chat_init(const uint8_t ip[4], uint16_t port) {
  * A chat room is a group, a user's inbox has all connections of the user. Sessions are what
  * PHP keeps for a client here; of a client of our own chat it has room and name.
  *
- * Whoever speaks no PHP has the same by HTTP (--admin), with JSON or forms.
- *
  * Who can reach these ports has power over everybody: they are for this machine, or for
  * those who know a secret.
  *
- * Owns: the secrets, those connected to gateway and register. Calls: all above.
- * Called by: 12 Page, 13 Main. Promises: what is malformed hurts nobody but its sender.
+ * Owns: the secrets, those connected to gateway and register. Calls: all above but 8 Push.
+ * Called by: 11 HTTP API, 13 Main. Promises: what is malformed hurts nobody but its sender.
  */
 
 enum {
@@ -5056,8 +5062,7 @@ enum {
     PEER_MS = 30000,          /* for the rest of a packet or line */
     WORKER_BACKLOG = 16 << 20,   /* unread bytes of a worker, who is shut out then */
     REJOIN_MS = 1000, PEER_PING_MS = 25000,
-    ANSWER_MAX = 64 << 20,     /* bytes of a reply */
-    API_BYTES = 1 << 20       /* of a request by HTTP */
+    ANSWER_MAX = 64 << 20     /* bytes of a reply */
 };
 
 /* ---- PHP values. ---- */
@@ -5152,12 +5157,16 @@ static slice php_find(slice pairs, slice key) {
     return S("");
 }
 
-static void php_string(struct buf *b, slice s) { buf_printf(b, "s:%zu:\"", s.len), buf_add(b, s), buf_add(b, S("\";")); }
+static void php_string(struct buf *b, slice s) {
+    buf_printf(b, "s:%zu:\"", s.len);
+    buf_add(b, s);
+    buf_add(b, S("\";"));
+}
 
 /* A key that looks like an integer is one. */
 static void php_key(struct buf *b, slice s) {
     char again[24] = "";
-    if (php_digits(s)) snprintf(again, sizeof again, "%.*s", F(s)), snprintf(again, sizeof again, "%lld", strtoll(again, NULL, 10));
+    if (php_digits(s)) memcpy(again, s.p, s.len), snprintf(again, sizeof again, "%lld", strtoll(again, NULL, 10));
     if (slice_eq(slice_of(again), s)) buf_printf(b, "i:%s;", again);
     else php_string(b, s);
 }
@@ -5264,19 +5273,21 @@ static void php_merge(slice old, slice add, struct buf *b) {
 /* ---- Secrets. ---- */
 
 static struct {
-    struct buf gateway_key, admin_key;
+    struct buf key;            /* the secret */
     struct peer *peers;        /* all, the oldest first */
     uint32_t n_peers, mark;
     struct conn *joined;       /* our connection to another register, or NULL */
     struct dial join;
     char host[256], register_port[8];   /* of that */
+    uint8_t address[6];        /* of the gateway: IPv4 and port, as ids of clients have it... */
+    char address_text[24];     /* ...and as the register does */
     uint16_t port;             /* of the chat */
     int64_t join_ms;           /* not before then: connect to it; or say that we live */
     struct buf text, reply;    /* what is sent, and answered */
     struct buf ext;            /* decoded JSON */
 } backend;
 
-/* Reads a secret: what is in a file, but for the end of its line. False, after a line in the log: it stays as it was. */
+/* Reads a secret: what is in a file, but for its line end. False, after a line in the log: it stays as it was. */
 static bool key_load(const char *option, const char *name, struct buf *key) {
     char text[KEY_MAX + 2];
     int fd = name != NULL ? open(name, O_RDONLY | O_CLOEXEC) : -1;
@@ -5317,7 +5328,7 @@ static void peer_accepted(struct conn *l, struct conn *c) {
     c->proto = l->state;
     peer->c = c;
     peer->gateway = strcmp(c->proto->name, "gateway") == 0;
-    peer->known = peer->gateway && backend.gateway_key.len == 0;
+    peer->known = peer->gateway && backend.key.len == 0;
     c->deadline_ms = peer->known ? 0 : now.ms + STRANGER_MS;
     while (*at != NULL) at = &(*at)->next;
     *at = peer;
@@ -5351,13 +5362,11 @@ static void register_list(struct conn *c) {
     struct buf *b = &backend.text;
     buf_clear(b);
     buf_add(b, S("{\"event\":\"broadcast_addresses\",\"addresses\":["));
-    if (opt.gateway != NULL) {
-        const uint8_t *g = chat.gateway;
-        buf_printf(b, "\"%u.%u.%u.%u:%u\"", g[0], g[1], g[2], g[3], g[4] << 8 | g[5]);
-    }
+    if (opt.gateway != NULL) json_quote(b, slice_of(backend.address_text));
     for (const struct peer *p = backend.peers; p != NULL; p = p->next) {
         const struct peer *same = backend.peers;
-        while (same != p && (same->gateway || !slice_eq(buf_slice(&same->name), buf_slice(&p->name)))) same = same->next;
+        slice name = buf_slice(&p->name);   /* two may say the same */
+        while (same != p && (same->gateway || !slice_eq(buf_slice(&same->name), name))) same = same->next;
         if (p->gateway || p->name.len == 0 || same != p) continue;
         if (b->p[b->off + b->len - 1] != '[') buf_addc(b, ',');
         json_quote(b, buf_slice(&p->name));
@@ -5388,7 +5397,7 @@ static int register_line(struct conn *c, slice line) {
     c->deadline_ms = 0;
     if (json_is(f[0].raw, "ping")) return 0;
     bool gateway = json_is(f[0].raw, "gateway_connect"), worker = json_is(f[0].raw, "worker_connect");
-    if ((!gateway && !worker) || !key_is(&backend.gateway_key, json_get(f[2].raw, &backend.ext)))
+    if ((!gateway && !worker) || !key_is(&backend.key, json_get(f[2].raw, &backend.ext)))
         return conn_close(c, gateway || worker ? "wrong secret key" : "unknown event"), -1;
     peer->known = true;
     peer->worker |= worker;
@@ -5431,14 +5440,12 @@ static void join_closed(struct conn *c) {
 static const struct proto join_proto = {.name = "join", .feed = join_feed, .closed = join_closed};
 
 static void join_opened(struct conn *c, const char *why) {
-    const uint8_t *g = chat.gateway;
     backend.joined = c;
     backend.join_ms = now.ms + (c != NULL ? PEER_PING_MS : REJOIN_MS);
     if (c == NULL) log_warn("--join %s: %s", opt.join, why);
     if (c == NULL) return;
-    buf_printf(&c->out, "{\"event\":\"gateway_connect\", \"address\":\"%u.%u.%u.%u:%u\", \"secret_key\":",
-               g[0], g[1], g[2], g[3], g[4] << 8 | g[5]);
-    json_quote(&c->out, buf_slice(&backend.gateway_key));
+    buf_printf(&c->out, "{\"event\":\"gateway_connect\", \"address\":\"%s\", \"secret_key\":", backend.address_text);
+    json_quote(&c->out, buf_slice(&backend.key));
     buf_add(&c->out, S("}\n"));
 }
 
@@ -5506,7 +5513,7 @@ static void session_set(struct client *cl, slice session) {
     bool name_good = name.len <= 6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
     struct room *r = name_ok(room) && name_good ? room_open(S("rooms/"), room) : NULL;
     if (r != NULL && r->past->unknown) r = NULL;
-    cl->seat = r != NULL ? client_join(cl, r, 2) : NULL;
+    cl->seat = r != NULL ? client_join(cl, r, KEPT_ROOMS) : NULL;
     cl->number_room = number;
     if (cl->seat != NULL) client_name(cl, name);
     struct buf copy = {0};
@@ -5518,7 +5525,7 @@ static void session_set(struct client *cl, slice session) {
 
 /* Sets a session, or merges one into it, if it can be one. */
 static void session_order(struct client *cl, slice session, bool update) {
-    bool objects = backend.gateway_key.len > 0, plain = memchr(session.p, ':', session.len) == NULL;
+    bool objects = backend.key.len > 0, plain = memchr(session.p, ':', session.len) == NULL;
     if (session.len > SESSION_MAX || !(php_valid(session, objects) || (plain && !update))) {
         log_warn("gateway: a session is refused: it is too long, no PHP value, or has objects in it");
         return;
@@ -5552,10 +5559,7 @@ static struct client *gateway_client(uint32_t number) {
 }
 
 /* Sets of clients are arrays of pointers in a buffer; nobody is in one twice. */
-static void set_begin(struct buf *set) {
-    buf_clear(set);
-    backend.mark++;
-}
+static void set_begin(void) { backend.mark++; }
 
 static void set_add(struct buf *set, struct client *cl) {
     if (cl == NULL || cl->c->closing || cl->mark == backend.mark) return;
@@ -5569,7 +5573,7 @@ static void set_add_room(struct buf *set, const struct room *r) {
 
 static void set_add_all(struct buf *set) {
     void **all = clients_all();
-    for (size_t i = 0; i < chat.clients.n; i++) set_add(set, all[i]);
+    for (size_t i = 0; all[i] != NULL; i++) set_add(set, all[i]);
     free(all);
 }
 
@@ -5650,11 +5654,12 @@ static void gateway_send(const struct packet *p) {
     if (!packet_message(p, &message)) return;
     if (p->cmd == 14) rest = ext_list(p->ext, &copy);
     else ext_fields(p->ext, f, 3), rest = f[2].raw;
-    set_begin(&set);
+    set_begin();
     if (p->cmd != 14) set_add_numbers(&set, p->cmd == 6 && f[0].raw.len > 0 ? f[0].raw : f[1].raw);
     bool some = set.len > 0;
     if (p->cmd != 6)
-        while (ext_each(&rest, &name)) gateway_say(p, room_find(p->cmd == 14 ? S("users/") : S("rooms/"), name), message, some);
+        while (ext_each(&rest, &name))
+            gateway_say(p, room_find(p->cmd == 14 ? S("users/") : S("rooms/"), name), message, some);
     else {
         if (f[0].raw.len == 0) buf_clear(&set), set_add_all(&set);   /* without those marked */
         for (size_t i = 0; set_get(&set, i) != NULL; i++) client_tell(set_get(&set, i), message, (p->flag & 2) != 0);
@@ -5695,7 +5700,7 @@ static void gateway_order(const struct packet *p, struct client *cl) {
     else if (p->cmd == 204) session_set(cl, S(""));
     else if (p->cmd == 12 && name_ok(p->ext)) client_identify(cl, p->ext);
     else if (p->cmd == 13) client_identify(cl, S(""));
-    else if (p->cmd == 20 && r != NULL && !r->past->unknown) client_join(cl, r, 2);
+    else if (p->cmd == 20 && r != NULL && !r->past->unknown) client_join(cl, r, KEPT_ROOMS);
     else if (p->cmd == 21 && m != NULL) gateway_leave(cl, m);
 }
 
@@ -5743,7 +5748,7 @@ static void reply_clients(struct buf *b, const struct packet *p) {
     struct buf set = {0};
     struct client *cl;
     slice name;
-    set_begin(&set);
+    set_begin();
     if (p->cmd == 25) {
         size_t where;
         bool ok = json_pick(p->ext, f, 2, &where) == NULL;
@@ -5810,7 +5815,7 @@ static bool gateway_ask(const struct packet *p, const struct client *cl, struct 
     case 24:
         if (p->ext.len > 0) buf_printf(b, "i:%zu;", room_clients(room_find(S("rooms/"), p->ext)));
         if (p->ext.len > 0) break;
-        set_begin(&set);
+        set_begin();
         set_add_all(&set);
         buf_printf(b, "i:%zu;", set.len / sizeof cl);
         buf_free(&set);
@@ -5836,7 +5841,7 @@ static void worker_tell(struct conn *w, const struct client *cl, int event, slic
     if (b->len > WORKER_BACKLOG) conn_lost(w, "a worker that does not read");
     buf_be(b, PACKET_HEAD + session.len + body.len, 4);
     buf_be(b, (uint64_t)event, 1);
-    buf_add(b, (slice){(const char *)chat.gateway, 6});
+    buf_add(b, (slice){(const char *)backend.address, 6});
     buf_be(b, addr_is_v4(peer) ? be32((const char *)peer->ip + 12) : 0, 4);
     buf_be(b, peer->port, 2);
     buf_be(b, cl->number, 4);
@@ -5900,7 +5905,10 @@ static void php_form(struct buf *b, slice rest, char mark) {
     buf_free(&name), buf_free(&value), buf_free(&pairs);
 }
 
-static void php_pair(struct buf *b, const char *name, slice value) { php_string(b, slice_of(name)), php_string(b, value); }
+static void php_pair(struct buf *b, const char *name, slice value) {
+    php_string(b, slice_of(name));
+    php_string(b, value);
+}
 
 /* What PHP has in $_GET, $_SERVER and $_COOKIE. */
 static void worker_request(struct buf *b, const struct client *cl, const struct request *q) {
@@ -5914,8 +5922,7 @@ static void worker_request(struct buf *b, const struct client *cl, const struct 
         value = slice_trim(slice_take(value, value.len - 1));
         if (slice_eqcase(name, S("Cookie"))) cookies = value;
         buf_printf(&headers, "s:%zu:\"HTTP_", name.len + 5);
-        for (size_t i = 0; i < name.len; i++)
-            buf_addc(&headers, name.p[i] == '-' ? '_' : lower(name.p[i]) != name.p[i] || name.p[i] < 'a' || name.p[i] > 'z' ? name.p[i] : (char)(name.p[i] - 32));
+        for (size_t i = 0; i < name.len; i++) buf_addc(&headers, name.p[i] == '-' ? '_' : upper(name.p[i]));
         buf_add(&headers, S("\";"));
         php_string(&headers, value);
     }
@@ -5973,7 +5980,7 @@ static bool gateway_greet(struct conn *c, const struct packet *p) {
     size_t where;
     if (p->cmd != 200 && p->cmd != 202) return peer->known;
     bool json = json_pick(p->body, f, 2, &where) == NULL && f[0].raw.p != NULL && *f[0].raw.p == '"';
-    if (!json || !key_is(&backend.gateway_key, json_get(f[0].raw, &backend.ext))) return false;
+    if (!json || !key_is(&backend.key, json_get(f[0].raw, &backend.ext))) return false;
     peer->known = true;
     if (p->cmd == 200) worker_connect(c, json_get(f[1].raw, &backend.ext));
     return true;
@@ -6016,7 +6023,7 @@ static ssize_t gateway_feed(struct conn *c, char *p, size_t n) {
 static void gateway_tick(struct conn *c) {
     struct peer *peer = c->state;
     peer_tick(c);
-    if (!peer->worker || now.ms < peer->ping_ms || memcmp(chat.gateway, (uint8_t[]){127, 0, 0, 1}, 4) == 0) return;
+    if (!peer->worker || now.ms < peer->ping_ms || memcmp(backend.address, (uint8_t[]){127, 0, 0, 1}, 4) == 0) return;
     peer->ping_ms = now.ms + PEER_PING_MS;
     buf_be(&c->out, PACKET_HEAD, 4), buf_be(&c->out, 201, 1);
     buf_be(&c->out, 0, 8), buf_be(&c->out, 0, 8), buf_be(&c->out, 1, 1), buf_be(&c->out, 0, 6);
@@ -6048,13 +6055,51 @@ static const struct proto backend_listener = {
     .name = "listener", .accepted = peer_accepted, .tick = backend_tick, .closed = listener_closed,
 };
 
-/* Reads the secrets, at the start and at SIGHUP. False, after a line in the log: one stays as it was. */
-static bool backend_load(void) {
-    bool ok = key_load("--gateway-key-file", opt.gateway_key_file, &backend.gateway_key);
-    return key_load("--admin-key-file", opt.admin_key_file, &backend.admin_key) && ok;
+/* Reads the secret, at the start and at SIGHUP. False, after a line in the log: it stays as it was. */
+static bool backend_load(void) { return key_load("--gateway-key-file", opt.gateway_key_file, &backend.key); }
+
+/* Gets ready. The first two are the address of the gateway, or what stands for it; the last is the port of the chat. */
+static void backend_init(const uint8_t ip[4], uint16_t port, uint16_t chat_port) {
+    memcpy(backend.address, ip, 4);
+    backend.address[4] = (uint8_t)(port >> 8);
+    backend.address[5] = (uint8_t)port;
+    snprintf(backend.address_text, sizeof backend.address_text, "%u.%u.%u.%u:%u", ip[0], ip[1], ip[2], ip[3], port);
+    backend.port = chat_port;
+    chat_init(backend.address, worker_event, worker_greet);
+    if (opt.join == NULL) return;
+    slice rest = slice_of(opt.join), host = slice_split(&rest, ':');
+    int64_t number = slice_number(rest, 10);
+    if (opt.gateway == NULL) usage("--join needs --gateway");
+    if (host.len == 0 || host.len >= sizeof backend.host || number < 1 || number > 65535)
+        usage("--join: '%s' is not HOST:PORT", opt.join);
+    memcpy(backend.host, host.p, host.len);
+    snprintf(backend.register_port, sizeof backend.register_port, "%d", (int)number);
+    backend.join = (struct dial){backend.host, backend.register_port, .proto = &join_proto, .done = join_opened};
 }
 
-/* ---- The same by HTTP. ---- */
+/* ==========================================================================
+ * 11. HTTP API
+ * ==========================================================================
+ *
+ * What the back end can order in PHP, anybody can who can send an HTTP request. Each call
+ * is a path; its fields come in a query, in a form or in a JSON object; the answer is JSON:
+ *
+ *     POST /api/send HTTP/1.1                        HTTP/1.1 200 OK
+ *     Authorization: Bearer the-secret          -->  Content-Type: application/json
+ *     Content-Type: application/json
+ *     Content-Length: 33                             {"ok":true,"id":"9f0c33a1-..."}
+ *
+ *     {"room":"lobby","message":"hello"}
+ *
+ * Text is said as if by a client: it is stored, has its id, and is pushed. A JSON object is
+ * sent to those who are there as it is. An error has the status that HTTP has for it, and
+ * says in JSON what was wrong.
+ *
+ * Owns: the request at hand. Calls: all above. Called by: 12 Page, 13 Main.
+ * Promises: who is not allowed to ask is told so before we read on.
+ */
+
+enum { API_BYTES = 1 << 20 };   /* of a request's body */
 
 enum api_field { A_ROOM, A_UID, A_CLIENT, A_MESSAGE, A_MSG, A_NAME, A_TOKEN, A_BEFORE, A_COUNT, API_FIELDS };
 
@@ -6068,11 +6113,13 @@ static struct {
     struct buf value[API_FIELDS];      /* fields of that */
     bool given[API_FIELDS];
     slice raw;                         /* the message, if it is a JSON array or object */
-    struct buf name, json;             /* decoded; the answer */
+    struct buf key, name, json;        /* the secret; decoded; the answer */
 } api;
 
 static slice api_value(enum api_field field) { return buf_slice(&api.value[field]); }
 
+#define BAD "400 Bad Request"
+#define UNAVAILABLE "503 Service Unavailable"
 #define JSON_TYPE "Content-Type: application/json\r\nCache-Control: no-store\r\n"
 
 /* Answers with what api.json holds. */
@@ -6098,13 +6145,13 @@ PRINTF(3, 4) static bool api_fail(const char *status, const char *code, const ch
     buf_add(&api.json, S("}\n"));
     buf_add(&headers, S(JSON_TYPE));
     if (strncmp(status, "401", 3) == 0) buf_add(&headers, S("WWW-Authenticate: Bearer\r\n"));
-    if (strncmp(status, "405", 3) == 0) buf_printf(&headers, "Allow: %s\r\n", format[0] == 'P' ? "POST" : "GET");
+    if (strncmp(status, "405", 3) == 0) buf_printf(&headers, "Allow: %.*s\r\n", (int)strcspn(message, " "), message);
     http_reply(api.c, api.q, status, buf_slice(&headers), buf_slice(&api.json));
     buf_free(&headers);
     return false;
 }
 
-static bool api_bad(const char *why) { return api_fail("400 Bad Request", "bad_field", "%s", why); }
+static bool api_bad(const char *why) { return api_fail(BAD, "bad_field", "%s", why); }
 
 static bool api_done(const char *what, slice value) {
     buf_clear(&api.json);
@@ -6120,8 +6167,12 @@ static bool api_done_count(const char *what, size_t n) {
     return api_done(what, slice_of(text));
 }
 
-/* `allowed` of the administrator's site. Without a secret he must be on this machine, and no page that a browser has from
- * elsewhere: neither directly (Origin), nor under a name that means us now (Host). */
+/* Reads the secret, at the start and at SIGHUP. False, after a line in the log: it stays as it was. */
+static bool api_load(void) { return key_load("--admin-key-file", opt.admin_key_file, &api.key); }
+
+/* `allowed` of the administrator's site. Who shows no secret must be on this machine, and
+ * no page that a browser there has from elsewhere: neither directly (Origin), nor under a
+ * name that means us by now (Host). */
 static bool api_allowed(struct conn *c, struct request *q) {
     const slice *h = q->header;
     slice key = h[AUTHORIZATION], scheme = slice_split(&key, ' '), host = h[HOST], origin = h[ORIGIN];
@@ -6138,9 +6189,10 @@ static bool api_allowed(struct conn *c, struct request *q) {
                 (addr_parse(host, &a) && addr_is_v4(&a) && a.ip[12] == 127);
     here = here && (end != NULL || !bracket) &&
            (port.len == 0 || (*port.p == ':' && slice_number(slice_cut(port, 1), 10) >= 0));
-    if (backend.admin_key.len > 0 && (!slice_eqcase(scheme, S("Bearer")) || !key_is(&backend.admin_key, slice_trim(key))))
+    bool proved = slice_eqcase(scheme, S("Bearer")) && key_is(&api.key, slice_trim(key));
+    if (api.key.len > 0 && !proved)
         return api_fail("401 Unauthorized", "unauthorized", "the key is missing or wrong (--admin-key-file)");
-    if (backend.admin_key.len == 0 && !here && !c->peer.local && h[HOST].len > 0)
+    if (api.key.len == 0 && !here && !c->peer.local && h[HOST].len > 0)
         return api_fail("403 Forbidden", "forbidden", "Host must be 127.x.x.x, [::1] or localhost");
     slice site = slice_starts(origin, S("https://")) ? slice_cut(origin, 8)
                : slice_starts(origin, S("http://")) ? slice_cut(origin, 7) : S("");
@@ -6165,16 +6217,17 @@ static bool api_read(void) {
     }
     api.raw = S("");
     if (slice_eq(api.q->method, S("POST"))) rest = body;
-    bool form = rest.p != body.p || slice_eqcase(slice_trim(slice_split(&type, ';')), S("application/x-www-form-urlencoded"));
+    type = slice_trim(slice_split(&type, ';'));
+    bool form = rest.p != body.p || slice_eqcase(type, S("application/x-www-form-urlencoded"));
     if (!form || slice_starts(body, S("{"))) {   /* curl calls everything a form */
         const char *why = json_pick(body, f, API_FIELDS, &where);
-        if (why != NULL) return api_fail("400 Bad Request", "bad_request", "byte %zu: %s", where, why);
+        if (why != NULL) return api_fail(BAD, "bad_request", "byte %zu: %s", where, why);
         for (int i = 0; i < API_FIELDS; i++) {
             slice raw = f[i].raw;
             api.given[i] = raw.p != NULL && *raw.p != 'n';
             bool ok = json_text(raw, &api.value[i]);
             if (!ok && i == A_MESSAGE && (*raw.p == '{' || *raw.p == '[')) api.raw = raw;
-            else if (!ok) return api_fail("400 Bad Request", "bad_field", "%s must be text", api_names[i]);
+            else if (!ok) return api_fail(BAD, "bad_field", "%s must be text", api_names[i]);
         }
         return true;
     }
@@ -6186,7 +6239,7 @@ static bool api_read(void) {
             api.given[i] = true;
         }
     for (int i = 0; i < API_FIELDS; i++)
-        if (!utf8_valid(api_value(i))) return api_fail("400 Bad Request", "bad_field", "%s is not UTF-8", api_names[i]);
+        if (!utf8_valid(api_value(i))) return api_fail(BAD, "bad_field", "%s is not UTF-8", api_names[i]);
     return true;
 }
 
@@ -6203,20 +6256,20 @@ static struct client *api_client(void) {
 static struct room *api_room(enum api_field field) {
     slice name = api_value(field);
     if (name.len > ROOM_MAX_BYTES)
-        return api_fail("400 Bad Request", "too_long", "%s is longer than %d bytes", api_names[field], ROOM_MAX_BYTES), NULL;
+        return api_fail(BAD, "too_long", "%s is longer than %d bytes", api_names[field], ROOM_MAX_BYTES), NULL;
     if (!name_ok(name))
-        return api_fail("400 Bad Request", "bad_field", "%s must be 1 to %d bytes of text, and not 0", api_names[field],
+        return api_fail(BAD, "bad_field", "%s must be 1 to %d bytes of text, and not 0", api_names[field],
                         ROOM_MAX_BYTES), NULL;
     struct room *r = room_open(field == A_ROOM ? S("rooms/") : S("users/"), name);
-    if (r == NULL) api_fail("503 Service Unavailable", "limit", "there are %u rooms (--max-rooms)", opt.max_rooms);
-    else if (r->past->unknown) api_fail("503 Service Unavailable", "storage", "the history cannot be read now");
+    if (r == NULL) api_fail(UNAVAILABLE, "limit", "there are %u rooms (--max-rooms)", opt.max_rooms);
+    else if (r->past->unknown) api_fail(UNAVAILABLE, "storage", "the history cannot be read now");
     return r == NULL || r->past->unknown ? NULL : r;
 }
 
 /* False, after an answer: not one and only one of these fields is there. */
 static bool api_target(enum api_field a, enum api_field b, enum api_field c) {
     if (api.given[a] + api.given[b] + api.given[c] == 1) return true;
-    api_fail("400 Bad Request", "bad_field", "one of %s, %s and %s is needed", api_names[a], api_names[b], api_names[c]);
+    api_fail(BAD, "bad_field", "one of %s, %s and %s is needed", api_names[a], api_names[b], api_names[c]);
     return false;
 }
 
@@ -6225,7 +6278,7 @@ static bool api_send(void) {
     if (!api_target(A_ROOM, A_UID, A_CLIENT)) return false;
     if (!api.given[A_MESSAGE]) return api_bad("message is missing");
     if (api.value[A_MESSAGE].len > opt.max_message || api.raw.len > opt.max_message)
-        return api_fail("413 Content Too Large", "too_long", "message is longer than %u bytes (--max-message)", opt.max_message);
+        return api_fail("413 Content Too Large", "too_long", "message is over --max-message (%u)", opt.max_message);
     struct client *cl = api.given[A_CLIENT] ? api_client() : NULL;
     struct room *r = api.given[A_CLIENT] ? NULL : api_room(api.given[A_ROOM] ? A_ROOM : A_UID);
     if (cl == NULL && r == NULL) return false;
@@ -6236,55 +6289,40 @@ static bool api_send(void) {
     }
     slice name = api.given[A_NAME] ? api_value(A_NAME) : S("system");
     if (name.len > NAME_MAX_BYTES || !is_text(name, ' ', ' ')) return api_bad("name is no text of at most 64 bytes");
-    buf_clear(&api.name);
-    html_escape(&api.name, name, false);
-    buf_addc(&api.name, '\0');
-    buf_clear(&chat.text);
-    buf_add(&chat.text, api_value(A_MESSAGE));
-    if (!chat_announce(r, cl, buf_slice(&api.name).p, id + 1))
-        return api_fail("503 Service Unavailable", "storage", "the message could not be stored, and nobody got it");
+    if (!chat_announce(r, cl, name, api_value(A_MESSAGE), id + 1))
+        return api_fail(UNAVAILABLE, "storage", "the message could not be stored, and nobody got it");
     if (cl != NULL) return api_done_count("sent", 1);
     id[0] = id[ID_BYTES + 1] = '"';
     return api_done("id", (slice){id, ID_BYTES + 2});
 }
 
+/* /api/bind, /api/unbind */
 static bool api_bind(void) {
     struct client *cl = api_client();
-    if (cl == NULL || (api.given[A_UID] && api_room(A_UID) == NULL)) return false;
-    if (!api.given[A_UID]) return api_bad("uid is missing");
-    client_identify(cl, api_value(A_UID));
+    bool bind = slice_eq(api.q->path, S("/api/bind"));
+    if (cl == NULL || (bind && api_room(A_UID) == NULL)) return false;
+    client_identify(cl, bind ? api_value(A_UID) : S(""));
     return api_done(NULL, S(""));
 }
 
-static bool api_unbind(void) {
-    struct client *cl = api_client();
-    if (cl == NULL) return false;
-    client_identify(cl, S(""));
-    return api_done(NULL, S(""));
-}
-
+/* /api/join, /api/leave */
 static bool api_join(void) {
     struct client *cl = api_client();
     struct room *r = cl != NULL ? api_room(A_ROOM) : NULL;
+    bool join = slice_eq(api.q->path, S("/api/join"));
+    struct member *m = r == NULL ? NULL : join ? client_join(cl, r, KEPT_ROOMS) : room_member(r, cl->c);
     if (r == NULL) return false;
-    if (client_join(cl, r, 2) == NULL)
-        return api_fail("409 Conflict", "limit", "this client is in %d rooms already", ROOMS_PER_CLIENT - 2);
+    if (join && m == NULL)
+        return api_fail("409 Conflict", "limit", "this client is in %d rooms already", ROOMS_PER_CLIENT - KEPT_ROOMS);
+    if (!join && m != NULL) gateway_leave(cl, m);
     return api_done(NULL, S(""));
-}
-
-static bool api_leave(void) {
-    struct client *cl = api_client();
-    struct room *r = cl != NULL ? api_room(A_ROOM) : NULL;
-    struct member *m = r != NULL ? room_member(r, cl->c) : NULL;
-    if (m != NULL) gateway_leave(cl, m);
-    return r != NULL && api_done(NULL, S(""));
 }
 
 static bool api_kick(void) {
     struct buf set = {0};
     struct client *cl;
     if (api.given[A_CLIENT] == api.given[A_UID]) return api_bad("one of client_id and uid is needed");
-    set_begin(&set);
+    set_begin();
     if (api.given[A_UID]) set_add_room(&set, room_find(S("users/"), api_value(A_UID)));
     else if ((cl = api_client()) == NULL) return false;
     else set_add(&set, cl);
@@ -6302,8 +6340,9 @@ static bool api_push(void) {
     struct buf token = {0}, key = {0};
     if (!api_target(A_UID, A_TOKEN, A_ROOM)) return false;
     if (text.len == 0) return api_bad("message (or msg) must be text");
-    if (opt.apns == NULL) return api_fail("503 Service Unavailable", "unavailable", "there is no --apns");
-    if (!api.given[A_TOKEN] && !name_ok(api_value(api.given[A_ROOM] ? A_ROOM : A_UID))) return api_bad("this is no room or user");
+    if (opt.apns == NULL) return api_fail(UNAVAILABLE, "unavailable", "there is no --apns");
+    if (!api.given[A_TOKEN] && !name_ok(api_value(api.given[A_ROOM] ? A_ROOM : A_UID)))
+        return api_bad("this is no room or user");
     if (api.given[A_TOKEN] && !token_parse(api_value(A_TOKEN), &token))
         return buf_free(&token), api_bad("this is no device_token");
     if (api.given[A_ROOM]) buf_add(&key, S("rooms/")), buf_add(&key, api_value(A_ROOM));
@@ -6335,7 +6374,7 @@ static void api_describe(struct buf *b, const struct client *cl) {
 static bool api_clients(void) {
     struct buf set = {0};
     struct client *cl;
-    set_begin(&set);
+    set_begin();
     if (api.given[A_ROOM]) set_add_room(&set, room_find(S("rooms/"), api_value(A_ROOM)));
     else if (api.given[A_UID]) set_add_room(&set, room_find(S("users/"), api_value(A_UID)));
     else set_add_all(&set);
@@ -6391,8 +6430,8 @@ static bool api_request(struct conn *c, const struct request *q) {
         const char *path, *method;
         bool (*answer)(void);
     } calls[] = {
-        {"/api/send", "POST", api_send}, {"/api/bind", "POST", api_bind}, {"/api/unbind", "POST", api_unbind},
-        {"/api/join", "POST", api_join}, {"/api/leave", "POST", api_leave}, {"/api/kick", "POST", api_kick},
+        {"/api/send", "POST", api_send}, {"/api/bind", "POST", api_bind}, {"/api/unbind", "POST", api_bind},
+        {"/api/join", "POST", api_join}, {"/api/leave", "POST", api_join}, {"/api/kick", "POST", api_kick},
         {"/api/push", "POST", api_push}, {"/api/clients", "GET", api_clients}, {"/api/rooms", "GET", api_rooms},
         {"/api/history", "GET", api_history},
     };
@@ -6402,27 +6441,12 @@ static bool api_request(struct conn *c, const struct request *q) {
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
         if (!slice_eq(q->path, slice_of(calls[i].path))) continue;
         if (!slice_eq(q->method, slice_of(calls[i].method)))
-            api_fail("405 Method Not Allowed", "bad_method", calls[i].method[0] == 'P' ? "POST is the only method here" : "GET is the only method here");
+            api_fail("405 Method Not Allowed", "bad_method", "%s is the only method here", calls[i].method);
         else if (api_read()) calls[i].answer();
         return true;
     }
     api_fail("404 Not Found", "not_found", "there is no such call");
     return true;
-}
-
-/* Gets ready to know where to go, if --join is given. */
-static void backend_init(uint16_t chat_port) {
-    backend.port = chat_port;
-    if (opt.gateway != NULL) chat.event = worker_event, chat.greet = worker_greet;
-    if (opt.join == NULL) return;
-    slice rest = slice_of(opt.join), host = slice_split(&rest, ':');
-    int64_t port = slice_number(rest, 10);
-    if (opt.gateway == NULL) usage("--join needs --gateway");
-    if (host.len == 0 || host.len >= sizeof backend.host || port < 1 || port > 65535)
-        usage("--join: '%s' is not HOST:PORT", opt.join);
-    memcpy(backend.host, host.p, host.len);
-    snprintf(backend.register_port, sizeof backend.register_port, "%d", (int)port);
-    backend.join = (struct dial){backend.host, backend.register_port, .proto = &join_proto, .done = join_opened};
 }
 
 /* ==========================================================================
@@ -6759,14 +6783,18 @@ static const struct site page_site = {page_request, chat_upgraded, 0, NULL};
 static void admin_request(struct conn *c, const struct request *q) {
     struct buf figures = {0};
     if (api_request(c, q)) return;
-    bool wanted = slice_eq(q->path, S("/metrics")) && !slice_eq(q->method, S("POST"));
+    bool wanted = slice_eq(q->path, S("/metrics")) &&
+                  (slice_eq(q->method, S("GET")) || slice_eq(q->method, S("HEAD")));
     if (wanted) push_metrics(&figures);
     if (wanted) http_reply(c, q, "200 OK", S("Content-Type: text/plain; version=0.0.4\r\n"), buf_slice(&figures));
     else page_request(c, q);
     buf_free(&figures);
 }
 
-static void admin_upgraded(struct conn *c, const struct request *q) { (void)q, conn_close(c, "there is no WebSocket here"); }
+static void admin_upgraded(struct conn *c, const struct request *q) {
+    (void)q;
+    conn_close(c, "there is no WebSocket here");
+}
 
 static const struct site admin_site = {admin_request, admin_upgraded, API_BYTES, api_allowed};
 
@@ -6840,7 +6868,7 @@ static struct option {
     {"push-content", "WHAT", 0, NULL, 0, 0, 0, NULL, &opt.push_content, "shown: full, name or none (full)"},
     {"push-test", "TOKEN", 0, NULL, 0, 0, 0, NULL, &opt.push_test, "push one TEXT there, say what came of it, and end"},
     {"admin", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.admin, "ADDR:PORT of this machine, for orders and /metrics"},
-    {"admin-key-file", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.admin_key_file, "bearer key for --admin, at any address then"},
+    {"admin-key-file", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.admin_key_file, "bearer key for --admin, then of any address"},
     {"gateway", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.gateway, "inner port for GatewayClient: IPv4:PORT"},
     {"register", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.reg, "register for GatewayClient: ADDR:PORT"},
     {"join", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.join, "tell this register of us: HOST:PORT"},
@@ -6912,7 +6940,7 @@ static void options_read(int argc, char **argv) {
     for (struct option *o = options; o < options + N_OPTIONS; o++) {
         char name[40];
         int n = snprintf(name, sizeof name, "XCHAT_%s", o->name);
-        for (int i = 0; i < n; i++) name[i] = name[i] == '-' ? '_' : name[i] >= 'a' ? (char)(name[i] - 32) : name[i];
+        for (int i = 0; i < n; i++) name[i] = name[i] == '-' ? '_' : upper(name[i]);
         const char *value = getenv(name);
         bool flag = o->arg == NULL;   /* set by any value but 0 */
         bool given = (mains.given >> (o - options) & 1) != 0;
@@ -6955,7 +6983,8 @@ static struct conn *listen_on(const char *option, const char *spec, const struct
     memcpy(name, host.p, host.len);
     struct addr a;
     bool four = addr_parse(slice_of(name), &a) && addr_is_v4(&a) && memcmp(a.ip + 12, "\0\0\0", 4) != 0;
-    if (state == &gateway_proto && (!four || port.len == 0)) usage("%s: '%s' is not IPv4:PORT, as ids have it", option, spec);
+    if (state == &gateway_proto && (!four || port.len == 0))
+        usage("%s: '%s' is not IPv4:PORT, as ids have it", option, spec);
     /* Without a key whoever gets there may do anything, so they are for this machine alone. */
     bool here = local || (four && a.ip[12] == 127) || strcmp(name, "::1") == 0 || strcmp(name, "localhost") == 0;
     const char *key = web ? opt.admin_key_file : opt.gateway_key_file;
@@ -6977,7 +7006,8 @@ static bool load_files(void) {
     const char *key = opt.tls_key != NULL ? opt.tls_key : opt.tls_cert;
     const char *why = opt.tls_cert != NULL ? tls_load(opt.tls_cert, key) : NULL;
     if (why != NULL) log_warn("--tls-cert %s, --tls-key %s: %s", opt.tls_cert, key, why);
-    return backend_load() && why == NULL;
+    bool keys = backend_load();
+    return api_load() && keys && why == NULL;
 }
 
 static void reload_files(void) {
@@ -7020,8 +7050,7 @@ int main(int argc, char **argv) {
     struct addr chat_at = loop.conn[0]->peer, id = {.port = chat_at.port};
     memcpy(id.ip, here, sizeof here);
     if (opt.gateway != NULL) id = listen_on("--gateway", opt.gateway, &backend_listener, &gateway_proto)->peer;
-    chat_init(id.ip + 12, id.port);
-    backend_init(chat_at.port);
+    backend_init(id.ip + 12, id.port, chat_at.port);
     loop_run();
     if (opt.apns != NULL) push_stop();
     log_info("stopped");
