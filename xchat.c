@@ -2606,6 +2606,7 @@ struct member {
 static struct {
     struct table by_name;
     struct room *grown;           /* have something to send, or nobody to send to */
+    struct room *last;            /* room_publish_next()'s, in this round */
     uint64_t made;
     void (*unsaid)(slice text);   /* chapter 9's: this could not be stored */
     void (*said)(slice key, slice text);   /* chapter 8's, or NULL: this was, in the room of this key */
@@ -2700,6 +2701,7 @@ static bool room_commit(struct room *r) {
 /* The loop calls this in every round; true if there was something to do. */
 static bool rooms_flush(void) {
     bool any = rooms.grown != NULL;
+    rooms.last = NULL;
     while (rooms.grown != NULL) {
         struct room *r = rooms.grown;
         rooms.grown = r->next_grown;
@@ -2738,6 +2740,14 @@ static void room_publish(struct room *r, slice text, struct member *except) {
     if (except != NULL) member_settle(except);
     room_append(r, text);
     if (except != NULL) except->cursor = r->end;
+}
+
+/* The same, behind all that was published so in other rooms: who is in two of them hears it in
+ * this order, as long as it reads. */
+static void room_publish_next(struct room *r, slice text) {
+    if (rooms.last != NULL && rooms.last != r) room_flush(rooms.last);
+    rooms.last = r;
+    room_publish(r, text, NULL);
 }
 
 /* The room of this name, made if need be and if `make`; NULL when there is none, or when
@@ -5115,7 +5125,8 @@ static bool php_take(slice *s, bool objects) {
     struct php v;
     while (depth > 0 || left[0] > 0) {
         if (left[depth] == 0) {
-            if (slice_split(s, '}').len > 0) return false;
+            if (!slice_starts(*s, S("}"))) return false;
+            *s = slice_cut(*s, 1);
             depth--;
             continue;
         }
@@ -5149,11 +5160,13 @@ static bool php_each(slice *rest, slice *key, slice *value) {
     return ok;
 }
 
-/* The value of this key (as it is written) among such pairs; empty: there is none. */
-static slice php_find(slice pairs, slice key) {
+/* The value of this key (as it is written) among such pairs; empty: there is none. It is looked
+ * for at *next first, which is moved behind it: two arrays mostly have the same order. */
+static slice php_find(slice pairs, slice key, slice *next) {
     slice k, value;
+    for (slice rest = *next; php_each(&rest, &k, &value) && slice_eq(k, key);) return *next = rest, value;
     while (php_each(&pairs, &k, &value))
-        if (slice_eq(k, key)) return value;
+        if (slice_eq(k, key)) return *next = pairs, value;
     return S("");
 }
 
@@ -5231,43 +5244,40 @@ static bool php_json(slice s, struct buf *b) {
 
 /* Opens an array that will have the pairs of both. */
 static void php_open(struct buf *b, slice old, slice add) {
-    slice key, value;
+    slice key, value, next = old;
     size_t n = 0;
     for (slice rest = old; php_each(&rest, &key, &value);) n++;
-    for (slice rest = add; php_each(&rest, &key, &value);) n += php_find(old, key).len == 0;
+    for (slice rest = add; php_each(&rest, &key, &value);) n += php_find(old, key, &next).len == 0;
     buf_printf(b, "a:%zu:{", n);
 }
 
 /* Appends what array_replace_recursive() makes of two arrays: what has the same key in both
  * is replaced, or, if both are arrays, merged in the same way. */
 static void php_merge(slice old, slice add, struct buf *b) {
-    struct {
+    struct merge {
         slice old, add, old_left, add_left;   /* pairs of both; those still to be written */
-    } in[PHP_DEPTH + 1];
+        slice old_next, add_next;             /* php_find()'s */
+    } in[PHP_DEPTH + 1], *at = in;   /* the first is not used */
     slice key, value;
-    int depth = 0;
     old = php_inside(old), add = php_inside(add);
-    for (;;) {
+    do {
         if (old.p != NULL) {   /* into another pair of arrays */
             php_open(b, old, add);
-            in[depth].old = in[depth].old_left = old;
-            in[depth].add = in[depth].add_left = add;
-            depth++;
+            *++at = (struct merge){old, add, old, add, old, add};
             old.p = NULL;
         }
-        if (depth == 0) return;
-        bool first = php_each(&in[depth - 1].old_left, &key, &value);
-        slice other = first ? php_find(in[depth - 1].add, key) : S("");
-        if (!first && !php_each(&in[depth - 1].add_left, &key, &value)) {
+        bool first = php_each(&at->old_left, &key, &value);
+        if (!first && !php_each(&at->add_left, &key, &value)) {
             buf_addc(b, '}');
-            depth--;
+            at--;
             continue;
         }
-        if (!first && php_find(in[depth - 1].old, key).len > 0) continue;   /* it was written */
+        slice other = first ? php_find(at->add, key, &at->add_next) : php_find(at->old, key, &at->old_next);
+        if (!first && other.len > 0) continue;   /* it was written */
         buf_add(b, key);
         if (*value.p == 'a' && other.len > 0 && *other.p == 'a') old = php_inside(value), add = php_inside(other);
         else buf_add(b, other.len > 0 ? other : value);
-    }
+    } while (at > in);
 }
 
 /* ---- Secrets. ---- */
@@ -5497,7 +5507,7 @@ static slice session_text(slice pairs, const char *name, bool *number) {
     struct buf key = {0};
     struct php v = {'N', S(""), 0};
     php_string(&key, slice_of(name));
-    slice value = php_find(pairs, buf_slice(&key));
+    slice value = php_find(pairs, buf_slice(&key), &pairs);
     buf_free(&key);
     if (!php_read(&value, &v)) v.type = 'N';
     *number = v.type == 'i';
@@ -5631,7 +5641,7 @@ static bool packet_message(const struct packet *p, slice *message) {
 
 /* Says the message in a room, to all but those who are marked. */
 static void gateway_say(const struct packet *p, struct room *r, slice message, bool exclude) {
-    if (r != NULL && !exclude && (p->flag & 2) == 0) room_publish(r, message, NULL);
+    if (r != NULL && !exclude && (p->flag & 2) == 0) room_publish_next(r, message);
     else for (struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) {
         struct client *cl = m->c->state;
         if (!exclude || cl->mark != backend.mark) client_tell(cl, message, (p->flag & 2) != 0);
