@@ -388,7 +388,7 @@ static bool utf8_valid(slice s) {
  *
  * Strings are decoded when somebody wants their text, into a buffer of the caller.
  *
- * Owns: nothing. Calls: 1 Bytes. Called by: 6 History, 8 Push, 9 Chat.
+ * Owns: nothing. Calls: 1 Bytes. Called by: 6 History, 8 Push, 9 Chat, 10 Back end, 11 HTTP API.
  * Promises: never reads outside the text, never recurses.
  */
 
@@ -1561,7 +1561,8 @@ static void loop_run(void) {
  * (folded headers, bare line feeds) is how requests are smuggled past proxies.
  *
  * Owns: the count of connections, in all and by address; the trusted proxies.
- * Calls: 1 Bytes, 3 Tables, 4 The loop. Called by: 7 Rooms, 9 Chat, 12 Page, 13 Main.
+ * Calls: 1 Bytes, 3 Tables, 4 The loop. Called by: 7 Rooms, 9 Chat, 10 Back end, 11 HTTP API,
+ * 12 Page, 13 Main.
  * Promises: a close frame is sent before TCP ends, unless the peer has hung up.
  */
 
@@ -2039,7 +2040,7 @@ static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
  * descriptors. Without --data the newest lines are kept in memory, in the same form.
  *
  * Owns: the files in --data, the logs. Calls: 1 Bytes, 2 JSON, 3 Tables.
- * Called by: 7 Rooms, 8 Push, 9 Chat, 13 Main.
+ * Called by: 7 Rooms, 8 Push, 9 Chat, 11 HTTP API, 13 Main.
  * Promises: what history_commit() has confirmed survives kill -9; with --fsync, the
  * loss of power too.
  */
@@ -2576,7 +2577,7 @@ static void history_init(const char *dir) {
  *
  * Owns: the rooms, their logs, who is in which.
  * Calls: 1 Bytes, 3 Tables, 4 The loop, 5 HTTP and WebSocket, 6 History.
- * Called by: 9 Chat, 13 Main.
+ * Called by: 9 Chat, 10 Back end, 11 HTTP API, 13 Main.
  * Promises: all members of a room see the same messages in the same order.
  */
 
@@ -2879,7 +2880,8 @@ static void room_leave(struct member *m) {
  * again; since it has the id of its message as collapse-id, the phone shows it once.
  *
  * Owns: devices, their subscriptions, the pushes and the gateways.
- * Calls: 1 Bytes, 2 JSON, 3 Tables, 4 The loop, 6 History. Called by: 9 Chat, 12 Page, 13 Main.
+ * Calls: 1 Bytes, 2 JSON, 3 Tables, 4 The loop, 6 History. Called by: 9 Chat, 11 HTTP API,
+ * 12 Page, 13 Main.
  * Promises: chat never waits for a push; all queues are bounded; tokens are not logged.
  */
 
@@ -4377,7 +4379,8 @@ static void push_try(void) {
  * done, or answered with an `error` that names the field. Clients ignore what they do
  * not know.
  *
- * Owns: the clients and their ids. Calls: all above. Called by: 12 Page, 13 Main.
+ * Owns: the clients and their ids. Calls: all above.
+ * Called by: 10 Back end, 11 HTTP API, 12 Page, 13 Main.
  * Promises: bad input hurts nobody but its sender.
  */
 
@@ -5036,7 +5039,8 @@ static void chat_init(const uint8_t gateway[6], bool (*event)(struct client *cl,
  *         |                             |  |
  *         '- packets -> GATEWAY --------'  WORKER, a PHP process, if there is one,
  *                       (this is us)  <--- comes by itself; is told of all that clients
- *                                          do, and answers by packets
+ *                                          do, from the handshake on, and answers by
+ *                                          packets; then our own chat is silent
  *
  * A packet, in which all numbers have their highest byte first:
  *
@@ -5346,7 +5350,7 @@ static void peer_accepted(struct conn *l, struct conn *c) {
 }
 
 /* `closed` of both, in part. */
-static void peer_closed(struct conn *c) {
+static void peer_gone(struct conn *c) {
     struct peer *peer = c->state, **at = &backend.peers;
     while (*at != peer) at = &(*at)->next;
     *at = peer->next;
@@ -5428,7 +5432,7 @@ static ssize_t register_feed(struct conn *c, char *p, size_t n) {
 static void register_closed(struct conn *c) {
     const struct peer *peer = c->state;
     bool listed = peer->name.len > 0;
-    peer_closed(c);
+    peer_gone(c);
     if (listed) register_broadcast();
 }
 
@@ -6048,7 +6052,7 @@ static void gateway_closed(struct conn *c) {
         if (cl->desk != NULL && cl->desk->worker == c) cl->desk->worker = NULL;
     }
     free(all);
-    peer_closed(c);
+    peer_gone(c);
 }
 
 static const struct proto gateway_proto = {
@@ -6473,7 +6477,7 @@ static bool api_request(struct conn *c, const struct request *q) {
  * style, named by their SHA-256, so that a hole in the first rule is no way in.
  *
  * Owns:      the page
- * Calls:     1 Bytes, 4 The loop, 5 HTTP and WebSocket, 8 Push, 9 Chat
+ * Calls:     1 Bytes, 4 The loop, 5 HTTP and WebSocket, 8 Push, 9 Chat, 11 HTTP API
  * Called by: 13 Main
  * Promises:  no path ever reaches the file system
  */
@@ -6878,7 +6882,7 @@ static struct option {
     {"push-content", "WHAT", 0, NULL, 0, 0, 0, NULL, &opt.push_content, "shown: full, name or none (full)"},
     {"push-test", "TOKEN", 0, NULL, 0, 0, 0, NULL, &opt.push_test, "push one TEXT there, say what came of it, and end"},
     {"admin", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.admin, "ADDR:PORT of this machine, for orders and /metrics"},
-    {"admin-key-file", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.admin_key_file, "bearer key for --admin, then of any address"},
+    {"admin-key-file", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.admin_key_file, "bearer key for --admin, at any address"},
     {"gateway", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.gateway, "inner port for GatewayClient: IPv4:PORT"},
     {"register", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.reg, "register for GatewayClient: ADDR:PORT"},
     {"join", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.join, "tell this register of us: HOST:PORT"},
