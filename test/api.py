@@ -20,8 +20,8 @@ import time
 import urllib.parse
 
 import harness
-from harness import (DEADLINE, SLOW, TEXT, UPGRADE, Bystander, Http, Server, Skip, Ws, answer_and_end, case, check,
-                     each_row, expect_nothing, get, join, main, new_room, run, until)
+from harness import (CERTIFICATE, DEADLINE, SLOW, TEXT, UPGRADE, Bystander, Http, Server, Skip, Ws, answer_and_end, case,
+                     check, each_row, expect_nothing, get, join, main, new_room, run, until)
 
 CASES_HERE = len(harness.CASES)
 from push import Gateway, Xchat, aps, leave, token   # noqa: E402
@@ -977,6 +977,19 @@ def other_addresses():
         check(ask(s, CALLS[0]).status == 401)
         check(ask(s, with_key("Bearer " + KEY, host="192.0.2.1")).status == 200)
         check(ask(s, with_key("Bearer " + KEY)).status == 200)
+
+
+@case()
+def over_tls():
+    """With --tls-cert the key is seen by nobody on the way; who wants the port in plain text says so."""
+    for address, tls in ("127.0.0.1:0", True), ("plain:127.0.0.1:0", False):
+        with keyed("--tls-cert", CERTIFICATE, admin=address) as (s, path):
+            s.tls[ADMIN] = tls   # what the log says of it may stand elsewhere in the line
+            check(ask(s, with_key("Bearer " + KEY)).status == 200)
+            check(ask(s, CALLS[1]).status == 401)
+            with contextlib.closing(Http(s, at=ADMIN, tls=False)) as http:
+                http.send(with_key("Bearer " + KEY))
+                check(http.answer().status == (400 if tls else 200), "in plain text")
 
 
 @case()
