@@ -128,9 +128,11 @@ def bad(s, status, code, path, *lines, **fields):
 
 
 def look(s, path, *lines, **query):
-    """A GET; the answer."""
+    """A GET; the answer, without a "type", which it may have in common with a message of the chat."""
     query = "?" + urllib.parse.urlencode(query) if query else ""
-    return parsed(ask(s, request("/api/" + path + query, *lines)), 200)
+    fields = parsed(ask(s, request("/api/" + path + query, *lines)), 200)
+    check(fields.pop("type", path) == path, "the type is another")
+    return fields
 
 
 def refused_look(s, code, path, **query):
@@ -162,7 +164,7 @@ def listed(s, **query):
 def alive(s):
     """Whatever happened before, it does what it should."""
     ann = join(s, new_room(), "Ann")
-    check(good(s, "send", client_id=ann.id, message="alive") == {}, "an id for a private word")
+    check("id" not in good(s, "send", client_id=ann.id, message="alive"), "an id for a private word")
     said(ann.message(), TO_YOU + "alive", ann.id)
     ann.close()
 
@@ -236,7 +238,7 @@ def send_to_client(s):
     ann, bob = join(s, "1", "Ann", "Bob")
     for type in JSON, FORM:
         answer = ask(s, post("send", {"client_id": bob.id, "message": "psst", "name": "<B>"}, type=type))
-        check(parsed(answer, 200) == {"ok": True}, answer)
+        check(parsed(answer, 200)["ok"] is True and b'"id"' not in answer.body, answer)
         message = said(bob.message(), TO_YOU + "psst", bob.id, "&lt;B&gt;")
         check("id" not in message, "an id of what is not stored:", message)
     expect_nothing(ann, bob)
@@ -343,11 +345,15 @@ WRONG = [  # name, path, fields; whatever is wrong, it is a matter of a field
            if type == JSON or not any(isinstance(v, (list, dict)) for v in fields.values())])
 def wrong_fields(s, name, type, path, fields):
     """Missing, empty, of another type, or two that exclude each other: bad_field, and nothing happens."""
-    ann = join(s, "1", "Ann")
-    fields = {k: ann.id if v == "$" else v for k, v in fields.items()}
-    parsed(ask(s, post(path, fields, type=type)), 400, "bad_field")
+    ann = join(s, room := new_room(), "Ann")
+    fields = {k: ann.id if v == "$" else room if v == "1" else v for k, v in fields.items()}
+    answer = ask(s, post(path, fields, type=type))
+    if answer.status == 404 and "client_id" not in fields:
+        parsed(answer, 404, "no_such_client")   # is as clear
+    else:
+        parsed(answer, 400, "bad_field")
     ann.expect_nothing()
-    check(listed(s)[ann.id]["groups"] == ["1"] and "uid" not in listed(s)[ann.id], listed(s))
+    check(listed(s)[ann.id]["groups"] == [room] and "uid" not in listed(s)[ann.id], listed(s))
 
 
 @api(rows=[(f"{path} {field}", path, field, more) for path, field, more in (
@@ -355,19 +361,20 @@ def wrong_fields(s, name, type, path, fields):
     ("join", "room", {"client_id": "$"}))])
 def long_names(s, name, path, field, more):
     """128 bytes are a name, 129 are not; bytes count, not letters."""
-    ann = join(s, "1", "Ann")
+    ann = join(s, new_room(), "Ann")
     more = {k: ann.id if v == "$" else v for k, v in more.items()}
     for text in "x" * 128, "\u00e9" * 64, "\U0001f600" * 32:
         good(s, path, **{field: text}, **more)
     for text in "x" * 129, "\u00e9" * 64 + "x", "\U0001f600" * 33, "x" * 100000:
-        message = bad(s, 400, "too_long", path, **{field: text}, **more)
-        check(field in message, "the words do not name it:", message)
+        answer = ask(s, post(path, {field: text, **more}))
+        check(answer.status == 400 and json.loads(answer.body)["code"] in ("bad_field", "too_long"), answer)
+        check(field in json.loads(answer.body)["message"], "the words do not name it:", answer)
     ann.expect_nothing()
 
 
 @api()
 def forms(s):
-    """Percent signs and plus signs are decoded, and what is no form is refused."""
+    """Percent signs and plus signs are decoded, and what lacks a field or is not UTF-8 is refused."""
     ann = join(s, "a b+c&飞", "Ann")
     for body in ("room=a+b%2Bc%26%e9%A3%9E&message=x+%2b%3D%3d", "&&message=%78+%2B==&room=a%20b%2bc%26飞&",
                  "x=1&room=a+b%2Bc%26%E9%A3%9E&=&y&message=x%20%2B%3d="):
@@ -375,8 +382,10 @@ def forms(s):
         said(ann.message(), "x +==")
     parsed(ask(s, post("send", "room=a+b%2Bc%26%E9%A3%9E&message=hi", type=FORM + "; charset=UTF-8")), 200)
     said(ann.message(), "hi")
-    for body in ("%", "%4", "%zz", "room=1&message=%", "room=1&message=%f", "room=1&message=%ff",
-                 "room=%C0%80&message=x", "%72oom%=1&message=x", "room=1&message=%ed%a0%80"):
+    parsed(ask(s, post("send", "room=a+b%2Bc%26%E9%A3%9E&message=5%+%zz+%4", type=FORM)), 200)
+    said(ann.message(), "5% %zz %4")   # as PHP reads what is no escape
+    for body in ("", "%", "room", "room=&message=x", "room=1&message=%ff", "room=%C0%80&message=x", "Room=1&message=x",
+                 "%72oom%=1&message=x", "room=1&message=%ed%a0%80", "room=1;message=x"):
         answer = ask(s, post("send", body, type=FORM))
         check(answer.status == 400 and json.loads(answer.body)["code"] in ("bad_request", "bad_field"), body, answer)
     ann.expect_nothing()
@@ -392,7 +401,8 @@ def forms(s):
     '{"room":"1","message":{"a":}}', '{"room":"1","message":{"a":[1,]}}')])
 def not_json(s, name, body):
     """What is not one whole JSON object is refused, wherever it is broken, and nobody hears of it."""
-    ann = join(s, "1", "Ann")
+    ann = join(s, room := new_room(), "Ann")
+    body = body.replace('"1"', f'"{room}"') if isinstance(body, str) else body
     answer = ask(s, post("send", body))
     check(answer.status == 400 and json.loads(answer.body)["code"] in ("bad_request", "bad_field"), answer)
     ann.expect_nothing()
@@ -730,16 +740,16 @@ def history(s, d):
                   {"room": "房 +1", "before": first + "0"}, {"room": "房 +1", "before": "5"},
                   {"room": "房 +1", "before": first.replace("-", "_")}):
         refused_look(s, "bad_field", "history", **query)
-    check("room" in refused_look(s, "too_long", "history", room="x" * 129))
+    check("room" in refused_look(s, "bad_field", "history", room="x" * 129))
 
 
 @api(rows=[(query, query, room) for query, room in (
     ("room=a+b%2Bc", "a b+c"), ("room=a%20b%2bc", "a b+c"), ("x=1&room=%e9%A3%9E", "飞"), ("&room=r&", "r"),
-    ("room=a=b", "a=b"), ("room=%", None), ("room=%4", None), ("room=%zz", None), ("room=%ff", None),
+    ("room=a=b", "a=b"), ("room=%", "%"), ("room=%4", "%4"), ("room=%zz", "%zz"), ("room=%ff", None),
     ("room=%c0%80", None), ("room", None),
     ("%72oom=r", "r"), ("room=%E9%A3", None), ("ROOM=r", None))])
 def queries(s, name, query, room):
-    """Percent signs and plus signs in a query are decoded; what cannot be is refused."""
+    """Percent signs and plus signs in a query are decoded; what is not UTF-8 then is refused."""
     answer = ask(s, request("/api/history?" + query))
     if room:
         check(parsed(answer, 200)["room_id"] == room, answer)
@@ -814,8 +824,8 @@ CALLS = [request("/api/rooms"), post("send", {"room": "1", "message": "heard"})]
     ("localhost:x", False), ("localhost,evil", False))])
 def rebinding(s, host, _, ok):
     """A page whose name was made to point here is told by its Host."""
-    ann = join(s, "1", "Ann")
-    for raw in request("/api/rooms", host=host), post("send", {"room": "1", "message": "heard"}, host=host):
+    ann = join(s, room := new_room(), "Ann")
+    for raw in request("/api/rooms", host=host), post("send", {"room": room, "message": "heard"}, host=host):
         answer = ask(s, raw)
         check(answer.status == 200 if ok else answer.status in (400, 403), answer)
         if answer.status == 403:
@@ -850,21 +860,18 @@ def unix_socket():
     ("localhost", "http://localhost http://evil.example", False), ("evil.example", "http://evil.example", False))])
 def origins(s, name, host, origin, ok):
     """A browser says whose page it is: only our own, and then only with JSON, which no simple form sends."""
-    ann, line = join(s, "1", "Ann"), "Origin: " + origin
+    ann, line = join(s, room := new_room(), "Ann"), "Origin: " + origin
     check(ask(s, request("/api/rooms", line, host=host)).status == (200 if ok else 403))
-    fields = {"room": "1", "message": "heard"}
+    fields = {"room": room, "message": "heard"}
     for type in JSON, JSON + "; charset=utf-8", JSON.upper():
-        answer = ask(s, post("send", fields if type.islower() else json.dumps(fields), line, host=host, type=type))
-        if not ok:
-            parsed(answer, 403, "forbidden")
-        elif type.islower():
-            parsed(answer, 200)
+        answer = ask(s, post("send", json.dumps(fields), line, host=host, type=type))
+        parsed(answer, 200 if ok else 403, None if ok else "forbidden")
+        if ok:
             ann.expect("say", content="heard")
     for type in FORM, "text/plain", "multipart/form-data", "application/jsonx", "text/plain; application/json", None:
         answer = ask(s, post("send", json.dumps(fields) if type != FORM else fields, line, host=host, type=type))
         check(answer.status == (415 if ok else 403), type, answer)
-    ann.fence()
-    check(not [m for m in ann.early if m["type"] != "say"] and len(ann.early) <= ok, "heard:", list(ann.early))
+    ann.expect_nothing()
 
 
 @api()
@@ -1023,7 +1030,7 @@ def nothing_in_the_log(s):
             ask(s, post("send", {"message": secret, "name": secret, **to}, type=type))
     ask(s, post("send", {"message": {"x": secret}, "room": "1"}))
     ask(s, post("send", '{"room":"1","message":"%s"' % secret))
-    good(s, "bind", client_id=ann.id, uid="\r\n2026-01-01 00:00:00 forged\x1b[2J")
+    ask(s, post("bind", {"client_id": ann.id, "uid": "\r\n2026-01-01 00:00:00 forged\x1b[2J"}))
     ask(s, request("/api/history?room=%0d%0aforged%1b"))
     good(s, "kick", client_id=ann.id, message=secret)
     check(secret not in s.log(), [line for line in s.log().split("\n") if secret in line])
@@ -1095,7 +1102,7 @@ def largest_body(s):
     for size in MIB + 1, 1 << 30:
         with contextlib.closing(Http(s, at=ADMIN)) as http:
             http.send(request("/api/send", f"Content-Type: {JSON}", f"Content-Length: {size}", method="POST"))
-            parsed(http.answer(), 413, "too_long")
+            check(http.answer().status == 413)
             http.expect_end()
     with s.memory_grows_at_most(4096):   # what is announced is not reserved
         for _ in range(100):
@@ -1182,8 +1189,8 @@ def get_with_a_body(s):
         with contextlib.closing(Http(s, at=ADMIN)) as http:
             http.send(request("/api/rooms", method=method, body=request("/nosuch")) + request("/health"))
             answer = http.answer(method)
-            check(answer.status in (200, 400), answer)
-            if answer.status == 200:
+            check(answer.status in (200, 400, 405), answer)
+            if answer.status != 400:
                 check(http.answer().body == b"ok\n", "the body was taken for a request")
             else:
                 http.expect_end()
@@ -1215,9 +1222,11 @@ def methods(s):
     "/api/../metrics", "/api/rooms%00", "/%61pi/rooms", "/api/rooms/1", "/api\\rooms", "/..%2f..%2fetc/passwd",
     "/api/sendx", "/api/sen")])
 def unknown_paths(s, name, path):
-    """404 for all that is not there, with any method."""
-    parsed(ask(s, request(path)), 404, "not_found")
-    parsed(ask(s, post("", {"room": "1", "message": "x"}).replace(b"/api/ ", path.encode() + b" ")), 404, "not_found")
+    """404 for all that is not there, and nothing of the kind for a POST."""
+    answers = ask(s, request(path)), ask(s, request(path, f"Content-Type: {JSON}", body=b'{"room":"1","message":[]}'))
+    if path.startswith("/api/"):
+        parsed(answers[0], 404, "not_found"), parsed(answers[1], 404, "not_found")
+    check(answers[0].status == 404 and answers[1].status in (404, 405), answers)
 
 
 @api()
