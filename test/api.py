@@ -7,6 +7,7 @@ is seen by chat clients: they are the judges.
 
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -925,6 +926,27 @@ def origins(s, name, host, origin, ok):
     ann.expect_nothing()
 
 
+@api(rows=[("of another Host", ["X: y"], "evil.example"),
+           ("with another Origin", ["Origin: http://evil.example"], "localhost"),
+           ("as a form", ["Origin: http://localhost", "Content-Type: text/plain"], "localhost")])
+def smuggled(s, name, lines, host):
+    """The body of a request that is refused is never read as the next one, which would have no Origin."""
+    ann = join(s, room := new_room(), "Ann")
+    inner = post("send", {"room": room, "message": "smuggled"})
+    paths = "/api/send", "/api/rooms", "/nosuch", "/health"
+    for method, path in itertools.product(("POST", "PUT", "GET"), paths):
+        for expect in [], ["Expect: 100-continue"]:
+            raw = request(path, *lines, *expect, method=method, body=inner, host=host)
+            for cut in 0, len(raw) - len(inner):   # the head alone, or with the body
+                http = Http(s, at=ADMIN)
+                http.send(raw[:cut])
+                ann.fence()
+                http.send(raw[cut:])
+                http.take_line_end()   # an answer, or that it wants the body
+                ann.expect_nothing()
+                http.close()
+
+
 @api()
 def preflight(s):
     """No page of somebody else is invited."""
@@ -1002,9 +1024,12 @@ def key_of_each_request():
         check(http.answer().status == 200)
         http.send(CALLS[0])
         check(http.answer().status == 401)
-        answer_401 = Http(s, at=ADMIN)
-        answer_401.send(request("/api/send", "Content-Length: 1000000", "Expect: 100-continue", body=b""))
-        check(answer_401.answer().status == 401)
+        for path in "/api/send", "/api/rooms", "/metrics", "/health", "/nosuch":
+            for method in "POST", "GET":
+                for expect in [], ["Expect: 100-continue"]:
+                    with contextlib.closing(Http(s, at=ADMIN)) as http:
+                        http.send(request(path, "Content-Length: 1000000", *expect, method=method))
+                        check(http.answer().status in (400, 401, 413), method, path)
 
 
 @case(rows=[("none", KEY, True), ("LF", KEY + "\n", True), ("CR LF", KEY + "\r\n", True),
