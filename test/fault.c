@@ -4,7 +4,8 @@
  *     FAULTS=table LD_PRELOAD=./fault.so xchat --data DIR
  *
  * The file `table` holds the ints below and is shared memory: the test turns a
- * fault on and off while the program runs. Only regular files have faults. */
+ * fault on and off while the program runs. Only regular files have faults, and the
+ * clock, so that nobody needs to wait. */
 #define _DEFAULT_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -16,6 +17,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #ifndef RTLD_NEXT
@@ -31,6 +33,7 @@ enum {
     WRITES,         /* how many writes and syncs there were */
     SYNCS,
     OPEN_ERRNO,     /* what openat fails with, or 0 */
+    LATER,          /* so many seconds later than it is, says the clock that never goes back */
     COUNT
 };
 static volatile int *table;
@@ -165,3 +168,13 @@ SYNC(fdatasync)
     }
 OPENAT(openat)
 OPENAT(openat64)
+
+int clock_gettime(clockid_t clock, struct timespec *t)
+{
+    int (*real)(clockid_t, struct timespec *);
+    *(void **)&real = dlsym(RTLD_NEXT, "clock_gettime");
+    int failed = real(clock, t);
+    if (table && !failed && clock == CLOCK_MONOTONIC)
+        t->tv_sec += table[LATER];
+    return failed;
+}

@@ -29,6 +29,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import mmap
 import os
 import re
 import shlex
@@ -129,6 +130,7 @@ class Server:
     def __init__(self, *options, env=None, shell=None, cwd=None):
         self.listeners = []         # as logged: "127.0.0.1:43211", "[::1]:43211", "unix:/path"
         self.tls = []               # is it a TLS port?
+        self.labels = []            # "admin", "register", "gateway"; "" where people chat
         self.want_status = 0        # a case that ends the server in its own way changes this
         self.asked_to_stop = False
         self.streams = set()        # open connections of the case: they live until it ends
@@ -141,7 +143,8 @@ class Server:
         self.pid = self.process.pid
         self.reader = threading.Thread(target=self.read_stderr, daemon=True)
         self.reader.start()
-        wanted = sum(o in ("-b", "--bind") for o in options) or 1
+        inner = ("--admin", "--register", "--gateway")
+        wanted = (sum(o in ("-b", "--bind") for o in options) or 1) + sum(o in inner for o in options)
         try:
             self.wait_log("(?s)" + "listening on.*" * wanted)
         except AssertionError:
@@ -154,7 +157,9 @@ class Server:
             with self.news:
                 self.lines.append(line)
                 self.listeners += re.findall(r"listening on (\S+)", line)
-                self.tls += [tls != "" for tls in re.findall(r"listening on \S+( \(TLS\)|)", line)]
+                for words in re.findall(r"listening on \S+((?: \(\w+\))*)", line):
+                    self.tls.append("(TLS)" in words)
+                    self.labels.append(words.replace("(TLS)", "").strip(" ()"))
                 self.news.notify_all()
         with self.news:
             self.log_ended = True
@@ -220,9 +225,13 @@ class Server:
         if fault and kind is not Skip:
             raise AssertionError(f"{error}; {fault}" if error else fault) from error
 
+    def index(self, at):
+        """The number of a listener, which can be named by its label."""
+        return self.labels.index(at) if isinstance(at, str) else at
+
     def address(self, at=0):
         """(family, address) of a listener, to connect to; always on loopback."""
-        host, _, port = self.listeners[at].rpartition(":")
+        host, _, port = self.listeners[self.index(at)].rpartition(":")
         if host == "unix":
             return socket.AF_UNIX, port  # which is a path
         host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
@@ -231,6 +240,19 @@ class Server:
     @property
     def port(self):
         return self.address()[1][1]
+
+    @property
+    def admin(self):
+        """As logged, to be given to somebody: "127.0.0.1:43211"."""
+        return self.listeners[self.index("admin")]
+
+    @property
+    def register(self):
+        return self.listeners[self.index("register")]
+
+    @property
+    def gateway(self):
+        return self.listeners[self.index("gateway")]
 
     def status(self, field):
         """A figure of /proc/PID/status in KiB, or None where there is none to trust."""
@@ -256,6 +278,57 @@ class Server:
 
 
 # ---------------------------------------------------------------------------
+# Its disk and its clock
+# ---------------------------------------------------------------------------
+
+class Faults:
+    """The disk of a server, to be broken, and its clock: see fault.c for the words."""
+
+    WORDS = ["room", "write_errno", "sync_errno", "truncate_errno", "die", "writes", "syncs", "open_errno",
+             "later"]
+    building = threading.Lock()
+
+    @classmethod
+    @functools.lru_cache
+    def library(cls):
+        here = os.path.join(ROOT, "test")
+        os.makedirs(os.path.join(here, "build"), exist_ok=True)
+        made = os.path.join(here, "build", f"fault-{os.getpid()}.so")
+        done = subprocess.run([*shlex.split(os.environ.get("CC", "cc")), "-O1", "-shared", "-fPIC", "-o", made,
+                               os.path.join(here, "fault.c"), "-ldl"], capture_output=True)
+        check(done.returncode == 0, done.stderr.decode())
+        final = os.path.join(here, "build", "fault.so")
+        os.rename(made, final)
+        return final
+
+    def __init__(self, parent):
+        with self.building:
+            library = self.library()
+        path = os.path.join(parent, "faults")
+        with open(path, "wb") as table:
+            table.write(bytes(4 * len(self.WORDS)))
+        with open(path, "r+b") as table:
+            self.__dict__["table"] = memoryview(mmap.mmap(table.fileno(), 0)).cast("i")
+        self.none()
+        # A sanitizer wants to be the first library, and works as the second one too.
+        self.__dict__["env"] = {"LD_PRELOAD": library, "FAULTS": path, "ASAN_OPTIONS": ":".join(
+            filter(None, [os.environ.get("ASAN_OPTIONS"), "verify_asan_link_order=0"]))}
+
+    def __getattr__(self, word):
+        return self.table[self.WORDS.index(word)]
+
+    def __setattr__(self, word, value):
+        self.table[self.WORDS.index(word)] = value
+
+    def set(self, **words):
+        for word in sorted(words, key=lambda w: w == "room"):  # which arms the others
+            setattr(self, word, words[word])
+
+    def none(self):
+        self.set(room=-1, write_errno=0, sync_errno=0, truncate_errno=0, die=0, open_errno=0)
+
+
+# ---------------------------------------------------------------------------
 # Bytes in and out
 # ---------------------------------------------------------------------------
 
@@ -263,7 +336,8 @@ class Stream:
     """A TCP or Unix connection that is read with a deadline."""
 
     def __init__(self, server, at=0, source=None, rcvbuf=None, tls=None):
-        """`tls` is a context; without one, a TLS port is trusted. False: in plain text."""
+        """`at`: the number of the listener, or its label. `tls` is a context; without one, a TLS port
+        is trusted. False: in plain text."""
         family, address = server.address(at)
         self.sock = socket.socket(family)
         self.sock.settimeout(DEADLINE)
@@ -274,7 +348,7 @@ class Stream:
         if source:
             self.sock.bind((source, 0))
         self.sock.connect(address)
-        if tls or tls is None and server.tls[at]:
+        if tls or tls is None and server.tls[server.index(at)]:
             self.sock = (tls or trusting()).wrap_socket(self.sock, server_hostname="localhost")
         self.streams = server.streams
         self.streams.add(self)

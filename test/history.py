@@ -11,9 +11,7 @@ do, for it is what makes an id findable.
 import bisect
 import contextlib
 import errno
-import functools
 import json
-import mmap
 import os
 import random
 import re
@@ -29,7 +27,7 @@ import tempfile
 import threading
 import time
 
-from harness import (CLOSE, DEADLINE, SLOW, TEXT, TROUBLE, UPGRADE, WRAP, Server, Skip, Ws, case, check,
+from harness import (CLOSE, DEADLINE, SLOW, TEXT, TROUBLE, UPGRADE, WRAP, Faults, Server, Skip, Ws, case, check,
                      expect_nothing, frame, get, join, main, new_room, run, until)
 
 CRASH_ROUNDS = int(os.environ.get("CRASH_ROUNDS", "10"))
@@ -103,52 +101,6 @@ def kill(s):
     s.kill()
     s.want_status, s.asked_to_stop = s.process.returncode, True
     check(not TROUBLE.search(s.log()), s.log()[-2000:])
-
-
-class Faults:
-    """The disk of a server, to be broken: see fault.c for the words."""
-
-    WORDS = ["room", "write_errno", "sync_errno", "truncate_errno", "die", "writes", "syncs", "open_errno"]
-    building = threading.Lock()
-
-    @classmethod
-    @functools.lru_cache
-    def library(cls):
-        here = os.path.dirname(os.path.abspath(__file__))
-        os.makedirs(os.path.join(here, "build"), exist_ok=True)
-        made = os.path.join(here, "build", f"fault-{os.getpid()}.so")
-        done = subprocess.run([*shlex.split(os.environ.get("CC", "cc")), "-O1", "-shared", "-fPIC", "-o", made,
-                               os.path.join(here, "fault.c"), "-ldl"], capture_output=True)
-        check(done.returncode == 0, done.stderr.decode())
-        final = os.path.join(here, "build", "fault.so")
-        os.rename(made, final)
-        return final
-
-    def __init__(self, parent):
-        with self.building:
-            library = self.library()
-        path = os.path.join(parent, "faults")
-        with open(path, "wb") as table:
-            table.write(bytes(4 * len(self.WORDS)))
-        with open(path, "r+b") as table:
-            self.__dict__["table"] = memoryview(mmap.mmap(table.fileno(), 0)).cast("i")
-        self.none()
-        # A sanitizer wants to be the first library, and works as the second one too.
-        self.__dict__["env"] = {"LD_PRELOAD": library, "FAULTS": path, "ASAN_OPTIONS": ":".join(
-            filter(None, [os.environ.get("ASAN_OPTIONS"), "verify_asan_link_order=0"]))}
-
-    def __getattr__(self, word):
-        return self.table[self.WORDS.index(word)]
-
-    def __setattr__(self, word, value):
-        self.table[self.WORDS.index(word)] = value
-
-    def set(self, **words):
-        for word in sorted(words, key=lambda w: w == "room"):  # which arms the others
-            setattr(self, word, words[word])
-
-    def none(self):
-        self.set(room=-1, write_errno=0, sync_errno=0, truncate_errno=0, die=0, open_errno=0)
 
 
 @contextlib.contextmanager
