@@ -6192,7 +6192,7 @@ static bool api_allowed(struct conn *c, struct request *q) {
     slice key = h[AUTHORIZATION], scheme = slice_split(&key, ' '), host = h[HOST], origin = h[ORIGIN];
     struct addr a;
     bool bracket = slice_starts(host, S("[")), post = slice_eq(q->method, S("POST")), keep = q->keep;
-    if (slice_eq(q->path, S("/health"))) return true;
+    if (slice_eq(q->path, S("/health")) && q->length == 0) return true;
     api.c = c;
     api.q = q;
     q->keep = false;   /* a body may be on its way */
