@@ -1032,6 +1032,17 @@ def key_of_each_request():
                         check(http.answer().status in (400, 401, 413), method, path)
 
 
+@case()
+def refused_in_the_middle():
+    """Who is still sending a body that nobody wants gets to read why."""
+    with keyed() as (s, path):
+        for size, key, status in (900000, "x", 401), (5000000, "x", 413), (5000000, KEY, 413):
+            for _ in range(5):
+                with contextlib.closing(Http(s, at=ADMIN)) as http:
+                    http.send(with_key("Bearer " + key, "/api/send", body=b"x" * size))
+                    check(http.answer().status == status, size)
+
+
 @case(rows=[("none", KEY, True), ("LF", KEY + "\n", True), ("CR LF", KEY + "\r\n", True),
             ("1024 bytes", "k" * 1024, True), ("empty", "", False), ("LF only", "\n", False),
             ("CR LF only", "\r\n", False), ("1025 bytes", "k" * 1025, False),
