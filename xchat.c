@@ -45,8 +45,11 @@
  * Copyright (c) 2026 the xchat authors
  * SPDX-License-Identifier: MIT
  */
-#ifndef _POSIX_C_SOURCE
+#if defined(__linux__) && !defined(_POSIX_C_SOURCE)
 #define _POSIX_C_SOURCE 200809L
+#endif
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE        /* chroot(), initgroups(), syscall(); others than Linux show them anyway */
 #endif
 #define _FILE_OFFSET_BITS 64   /* files over 2 GB on 32-bit machines */
 #include <arpa/inet.h>
@@ -54,11 +57,13 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <math.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <pwd.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -91,6 +96,21 @@
 #define PARKING 0
 #endif
 
+/* Linux lets a process give up what it will not need (chapter 13). */
+#ifdef __linux__
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+static void no_new_privileges(void) { prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); }   /* by set-uid programs */
+#else
+static void no_new_privileges(void) {}
+#endif
+#if defined(__linux__) && defined(__has_include)
+#if __has_include(<linux/landlock.h>) && defined(SYS_landlock_restrict_self)
+#include <linux/landlock.h>
+#define LANDLOCK 1
+#endif
+#endif
+
 /* Tests let the minutes of chapter 8 pass faster. */
 #ifndef PUSH_SPEED
 #define PUSH_SPEED 1
@@ -115,10 +135,10 @@ static void memory_init(void) {}
  * the others only read them. */
 static struct {
     uint32_t port, max_message, max_head, max_clients, max_per_address, max_rooms;
-    uint32_t rate, burst, backlog, ping_s, timeout_s, retain, segment, fsync, verbose, apns_format;
+    uint32_t rate, burst, backlog, ping_s, timeout_s, retain, segment, fsync, verbose, apns_format, check;
     const char *data, *tls_cert, *tls_key;
     const char *apns, *apns_cert, *apns_key, *apns_key_id, *apns_team_id, *apns_topic, *apns_ca;
-    const char *apns_passphrase_file, *push_content, *push_test, *push_text, *admin;
+    const char *apns_passphrase_file, *push_content, *push_test, *push_text, *admin, *user, *chroot;
     const char *gateway, *reg, *join, *gateway_key_file, *admin_key_file;
 } opt;
 
@@ -871,6 +891,7 @@ struct conn {
     bool muted : 1;                            /* TLS must read before it can write */
     bool hello : 1;                            /* TLS is to begin; a listener's: with all it accepts */
     bool plain : 1;                            /* but it did not: the peer does not speak TLS */
+    bool given : 1;                            /* a listener's: it is not ours, nor is its file */
     bool counted : 1, proxy : 1, refused : 1, expected : 1;   /* chapter 5's */
 };
 
@@ -892,6 +913,7 @@ static struct {
     SSL_CTX *tls;                  /* our certificate */
     char chunk[READ_BYTES];        /* everybody's input */
     char text[INET6_ADDRSTRLEN + 10];   /* addr_text()'s */
+    unsigned long long received, sent;   /* bytes, without those of TLS */
 } loop;
 
 static const uint8_t addr_v4[12] = {[10] = 0xff, [11] = 0xff};
@@ -1155,6 +1177,7 @@ static void conn_read(struct conn *c) {
     if (n == 0) c->eof = true, conn_close(c, "peer hung up");
     if (n <= 0 || c->closing) return;   /* who is closing is read, but not heard */
     c->heard_ms = now.ms;
+    loop.received += (size_t)n;
     bool kept = c->in.len > 0;
     size_t done = kept ? 0 : conn_feed(c, loop.chunk, (size_t)n);
     buf_add(&c->in, (slice){loop.chunk + done, (size_t)n - done});
@@ -1166,6 +1189,7 @@ static bool conn_write(struct conn *c, slice s, size_t *written) {
     ssize_t n = conn_send(c, s);
     bool again = n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR || errno == ENOBUFS);
     *written = n > 0 ? (size_t)n : 0;
+    loop.sent += *written;
     c->spoke = c->spoke || n > 0;
     c->blocked = !c->muted && (again || (c->ssl == NULL && n >= 0 && (size_t)n < s.len));
     if (n < 0 && !again) conn_lost(c, "connection reset");
@@ -1233,23 +1257,28 @@ static void listener_ready(struct conn *l) {
     }
 }
 
+/* Takes a socket that listens. NULL with errno, or the listener. */
+static struct conn *listen_with(int fd, bool tls, const struct proto *proto, const void *state) {
+    struct sockaddr_storage bound;
+    socklen_t len = sizeof bound;
+    if (fd_prepare(fd) != 0 || getsockname(fd, (struct sockaddr *)&bound, &len) != 0) return NULL;
+    struct conn *l = conn_new(fd, proto, (void *)(uintptr_t)state, false);
+    l->peer = addr_of(&bound);
+    l->hello = tls && !l->peer.local;
+    return l;
+}
+
 /* Listens at one address. NULL with errno, or the listener. */
 static struct conn *listen_at(const struct addrinfo *ai, bool tls, const struct proto *proto, const void *state) {
     int one = 1, fd = socket(ai->ai_family, SOCK_STREAM, 0), error;
-    struct sockaddr_storage bound;
-    socklen_t len = sizeof bound;
+    struct conn *l = NULL;
     if (fd < 0) return NULL;
     /* The first lets a restart not wait for old connections to be forgotten; without
      * the second IPv6 would take the port of IPv4 too. */
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     if (ai->ai_family == AF_INET6) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one);
-    if (bind(fd, ai->ai_addr, ai->ai_addrlen) == 0 && listen(fd, 4096) == 0 && fd_prepare(fd) == 0 &&
-        getsockname(fd, (struct sockaddr *)&bound, &len) == 0) {
-        struct conn *l = conn_new(fd, proto, (void *)(uintptr_t)state, false);
-        l->peer = addr_of(&bound);
-        l->hello = tls;
-        return l;
-    }
+    if (bind(fd, ai->ai_addr, ai->ai_addrlen) == 0 && listen(fd, 4096) == 0) l = listen_with(fd, tls, proto, state);
+    if (l != NULL) return l;
     error = errno;
     close(fd);
     errno = error;
@@ -1400,7 +1429,7 @@ static void dial(struct dial *d) {
 static void listener_closed(struct conn *l) {
     struct sockaddr_un sa = {.sun_family = AF_UNSPEC};
     socklen_t len = sizeof sa - 1;
-    if (l->peer.local && getsockname(l->fd, (struct sockaddr *)&sa, &len) == 0) unlink(sa.sun_path);
+    if (l->peer.local && !l->given && getsockname(l->fd, (struct sockaddr *)&sa, &len) == 0) unlink(sa.sun_path);
 }
 
 static void conn_free(struct conn *c) {
@@ -1480,6 +1509,7 @@ static void loop_hangup(int number) {
 static void loop_stop(void) {
     log_info("stopping");
     loop.stop_ms = now.ms + CLOSE_MS - TICK_MS - 100;
+    loop.tick_ms = now.ms;   /* chapter 13 passes it on */
     loop.flush();   /* what was said goes out before the goodbye */
     for (uint32_t i = 0; i < loop.n; i++) {
         struct conn *c = loop.conn[i];
@@ -1489,6 +1519,10 @@ static void loop_stop(void) {
 }
 
 static bool loop_stopping(void) { return loop.stop_ms != 0; }
+
+static void loop_figures(struct buf *b) {
+    buf_printf(b, "xchat_received_bytes_total %llu\nxchat_sent_bytes_total %llu\n", loop.received, loop.sent);
+}
 
 /* Has the next tick come at this time, unless it comes sooner. */
 static void loop_wake(int64_t at_ms) { loop.tick_ms = at_ms < loop.tick_ms ? at_ms : loop.tick_ms; }
@@ -1616,6 +1650,7 @@ struct caller {   /* an address, and how many connections it has */
 static struct {
     uint32_t connections, refused, n_proxies;   /* refused: not counted, but not closed yet */
     int64_t logged_ms;   /* the last line about somebody who was refused */
+    unsigned long long turned_away, slow, silent;   /* over a limit of connections; closed for that */
     struct table callers;
     struct cidr {
         struct addr base;
@@ -1639,7 +1674,7 @@ static bool http_count(struct conn *c, bool enter) {
         table_add(&http.callers, caller);
     }
     if (enter && caller->n >= most) {
-        http.refused++;
+        http.refused++, http.turned_away++;
         c->refused = true;
         return false;
     }
@@ -1833,6 +1868,7 @@ static int http_answer(struct conn *c, const struct request *q) {
     }
     if (c->refused || http.connections > opt.max_clients) {
         c->eof = true;   /* do not wait for the peer: it has nothing more to say */
+        http.turned_away += !c->refused;
         const char *status = c->refused ? "429 Too Many Requests" : "503 Service Unavailable";
         const char *why = c->refused ? "over --max-per-address\n" : "over --max-clients\n";
         return http_refuse(c, status, S(PLAIN "Retry-After: 5\r\n"), why);
@@ -1893,6 +1929,12 @@ static const struct proto http_listener = {
     .name = "listener", .accepted = http_accepted, .tick = conn_touch, .closed = listener_closed,
 };
 
+static void http_figures(struct buf *b) {
+    buf_printf(b, "xchat_connections %u\nxchat_connections_refused_total %llu\n", http.connections, http.turned_away);
+    buf_printf(b, "xchat_closed_total{why=\"slow\"} %llu\nxchat_closed_total{why=\"silent\"} %llu\n",
+               http.slow, http.silent);
+}
+
 /* ---- Frames. ---- */
 
 /* Appends a server's frame to a buffer: a connection's own, or a room's log. */
@@ -1932,6 +1974,8 @@ static void ws_end(struct conn *c) {
     if (!ws->peer_closed) n += (size_t)snprintf(payload + 2, sizeof payload - 2, "%s", c->why);
     if (!ws->peer_closed && ws->close_code != 0)
         log_info("%s: closed with %u: %s", addr_text(&c->peer), code, c->why);
+    http.slow += !ws->peer_closed && code == WS_TRY_AGAIN;
+    http.silent += !ws->peer_closed && code == WS_SILENT;
     if (!c->lost && !c->eof) ws_append(&c->out, WS_CLOSE, (slice){payload, n});
     buf_free(&ws->text);
 }
@@ -2040,7 +2084,7 @@ static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
  * descriptors. Without --data the newest lines are kept in memory, in the same form.
  *
  * Owns: the files in --data, the logs. Calls: 1 Bytes, 2 JSON, 3 Tables.
- * Called by: 7 Rooms, 8 Push, 9 Chat, 11 HTTP API, 13 Main.
+ * Called by: 7 Rooms, 8 Push, 9 Chat, 11 HTTP API, 12 Page, 13 Main.
  * Promises: what history_commit() has confirmed survives kill -9; with --fsync, the
  * loss of power too.
  */
@@ -2078,6 +2122,7 @@ static struct {
     } window;
     struct buf block;
     uint32_t seen;                     /* history_ours(): the epoch of that line */
+    unsigned long long written, failures;   /* bytes, and writes that failed */
 } histories;
 
 static slice history_key(const void *item) {
@@ -2443,7 +2488,9 @@ static bool history_commit(struct history *h) {
     if (!ok && !h->failing) log_warn("--data: %.*s cannot be stored: %s", F(history_key(h)), strerror(errno));
     if (ok && h->failing) log_info("--data: %.*s is stored again", F(history_key(h)));
     h->failing = !ok;
+    histories.failures += !ok;
     if (!ok) return false;
+    histories.written += h->lines.len;
     h->newest = h->end += h->lines.len;
     h->newest_epoch = h->epoch;
     if (histories.dir_fd < 0) buf_add(&h->tail, buf_slice(&h->lines));
@@ -2465,6 +2512,11 @@ static bool history_commit(struct history *h) {
 }
 
 static void history_forget(struct history *h) { buf_free(&h->lines); }
+
+static void history_figures(struct buf *b) {
+    buf_printf(b, "xchat_history_written_bytes_total %llu\nxchat_history_write_failures_total %llu\n",
+               histories.written, histories.failures);
+}
 
 /* The position in an id of a message here, or of one just in front of what is kept; or -1. */
 static int64_t history_position(struct history *h, slice id) {
@@ -2577,7 +2629,7 @@ static void history_init(const char *dir) {
  *
  * Owns: the rooms, their logs, who is in which.
  * Calls: 1 Bytes, 3 Tables, 4 The loop, 5 HTTP and WebSocket, 6 History.
- * Called by: 9 Chat, 10 Back end, 11 HTTP API, 13 Main.
+ * Called by: 9 Chat, 10 Back end, 11 HTTP API, 12 Page, 13 Main.
  * Promises: all members of a room see the same messages in the same order.
  */
 
@@ -2588,6 +2640,7 @@ struct room {
     uint64_t flushed;             /* what `end` was when members were last sent to */
     struct member *first, *last;  /* in order of joining */
     uint64_t number;              /* the later it was made, the higher */
+    uint32_t n;                   /* of them */
     struct room *next_grown;
     bool grown;                   /* is in rooms.grown */
 };
@@ -2611,6 +2664,7 @@ static struct {
     uint64_t made;
     void (*unsaid)(slice text);   /* chapter 9's: this could not be stored */
     void (*said)(slice key, slice text);   /* chapter 8's, or NULL: this was, in the room of this key */
+    unsigned long long delivered; /* copies for members */
 } rooms;
 
 static slice room_key(const void *item) { return history_key(((const struct room *)item)->past); }
@@ -2682,6 +2736,7 @@ static void room_append(struct room *r, slice text) {
     r->end -= r->log.len;
     ws_append(&r->log, WS_TEXT, text);
     r->end += r->log.len;
+    rooms.delivered += r->n;
     room_touch(r);
 }
 
@@ -2740,7 +2795,7 @@ static void room_publish(struct room *r, slice text, struct member *except) {
     room_commit(r);
     if (except != NULL) member_settle(except);
     room_append(r, text);
-    if (except != NULL) except->cursor = r->end;
+    if (except != NULL) except->cursor = r->end, rooms.delivered--;
 }
 
 /* The same, behind all that was published so in other rooms: who is in two of them hears it in
@@ -2806,6 +2861,7 @@ static struct member *room_join(struct room *r, struct conn *c, size_t most) {
     *m = (struct member){.c = c, .room = r, .cursor = r->end, .prev = r->last, .heard = r->past->end};
     *(r->last != NULL ? &r->last->next : &r->first) = m;
     r->last = m;
+    r->n++;
     return m;
 }
 
@@ -2828,9 +2884,14 @@ static void room_leave(struct member *m) {
     *at = m->also;
     *(m->prev != NULL ? &m->prev->next : &r->first) = m->next;
     *(m->next != NULL ? &m->next->prev : &r->last) = m->prev;
+    r->n--;
     room_touch(r);
     free(m->replay);
     free(m);
+}
+
+static void rooms_figures(struct buf *b) {
+    buf_printf(b, "xchat_rooms %zu\nxchat_messages_delivered_total %llu\n", (size_t)rooms.by_name.n, rooms.delivered);
 }
 
 /* ==========================================================================
@@ -4301,7 +4362,7 @@ static void push_target(void) {
     push.feedback = (struct dial){push.host, push.next_port, .proto = &feedback_proto, .done = feedback_opened};
 }
 
-/* Gets ready, if --apns is given. False, after a line in the log: that is not possible. */
+/* Reads the keys, if --apns is given. False, after a line in the log: that is not possible. */
 static bool push_init(void) {
     push.devices.key = device_key;
     push.audiences.key = audience_key;
@@ -4313,7 +4374,12 @@ static bool push_init(void) {
     if (opt.push_test != NULL && opt.apns == NULL) usage("--push-test needs --apns");
     if (opt.apns == NULL) return true;
     push_target();
-    if (!push_load()) return false;
+    return push_load();
+}
+
+/* Reads what the data directory knows of phones. False, after a line in the log: it cannot. */
+static bool push_restore(void) {
+    if (opt.apns == NULL) return true;
     if (opt.data != NULL && push.key != NULL) data_lines("apns-jwt", jwt_read, (struct json_field[]){
         {.name = "key_id"}, {.name = "team_id"}, {.name = "iat"}, {.name = "jwt"}, {.name = "key"}}, 5);
     if (opt.data == NULL || opt.push_test != NULL) return true;
@@ -4430,6 +4496,8 @@ static struct {
     struct buf text, html, name;   /* decoded fields */
     struct buf token;              /* a device token */
     struct buf json;               /* the answer being written */
+    unsigned seated;               /* clients that are logged in */
+    unsigned long long received, limited;   /* messages, and those over --rate */
 } chat;
 
 static slice client_key(const void *item) { return (slice){((const struct client *)item)->id, 20}; }
@@ -4689,6 +4757,7 @@ static void chat_leave(struct client *cl) {
     struct room *r = cl->seat->room;
     room_leave(cl->seat);
     cl->seat = NULL;
+    chat.seated--;
     chat_begin(S("logout"));
     chat_add_from(cl, "from_client_id", "from_client_name");
     chat_add_time();
@@ -4907,6 +4976,7 @@ static bool chat_allow(struct client *cl) {
     cl->tokens = (int32_t)(tokens < full ? tokens : full) - 1000;
     cl->filled_ms = now.ms;
     if (cl->tokens >= 0) return true;
+    chat.limited++;
     if (cl->tokens >= -full)
         return chat_error(cl, "rate_limited", "dropped: more than %u messages a second (--rate)", opt.rate);
     ws_close(cl->c, WS_POLICY, "over --rate for too long");
@@ -4920,6 +4990,7 @@ static void chat_message(struct conn *c, slice text) {
     };
     struct client *cl = c->state;
     size_t at;
+    chat.received++;
     for (size_t i = 0; i < FIELDS; i++) chat.f[i] = (struct json_field){.name = names[i]};
     const char *why = json_pick(text, chat.f, FIELDS, &at);
     slice ref = chat.f[REF].raw, type = chat.f[TYPE].raw;
@@ -5009,6 +5080,11 @@ static void chat_upgraded(struct conn *c, const struct request *q) {
     c->state = cl;
     c->proto = &chat_proto;
     chat.greet(cl, q);
+}
+
+static void chat_figures(struct buf *b) {
+    buf_printf(b, "xchat_clients %zu\nxchat_messages_received_total %llu\nxchat_messages_rate_limited_total %llu\n",
+               chat.clients.n, chat.received, chat.limited);
 }
 
 /* Address (IPv4) and port of the gateway, or what stands for it, go into the ids. `event` and
@@ -6477,7 +6553,7 @@ static bool api_request(struct conn *c, const struct request *q) {
  * style, named by their SHA-256, so that a hole in the first rule is no way in.
  *
  * Owns:      the page
- * Calls:     1 Bytes, 4 The loop, 5 HTTP and WebSocket, 8 Push, 9 Chat, 11 HTTP API
+ * Calls:     1 Bytes, 4 The loop, 5 HTTP and WebSocket, 6 History, 7 Rooms, 8 Push, 9 Chat, 11 HTTP API
  * Called by: 13 Main
  * Promises:  no path ever reaches the file system
  */
@@ -6758,6 +6834,8 @@ static const char *const page_lines[] = {
 
 static struct {
     struct buf html, headers;
+    int64_t started_ms;   /* when the server started... */
+    time_t started;       /* ...also by the wall clock */
 } page;
 
 /* Lets the browser run what stands after this tag of the page, by its hash. */
@@ -6770,6 +6848,7 @@ static void page_add_source(const char *directive, const char *tag) {
 }
 
 static void page_init(void) {
+    page.started = now.wall, page.started_ms = now.ms;
     for (size_t i = 0; i < sizeof page_lines / sizeof *page_lines; i++) buf_printf(&page.html, "%s\n", page_lines[i]);
     buf_add(&page.headers, S("Content-Type: text/html; charset=utf-8\r\nCache-Control: no-cache\r\n"
                              "X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
@@ -6793,13 +6872,25 @@ static void page_request(struct conn *c, const struct request *q) {
 
 static const struct site page_site = {page_request, chat_upgraded, 0, NULL};
 
+/* All figures. Those of the process have the names that every program gives them. */
+static void admin_figures(struct buf *b) {
+    FILE *f = fopen("/proc/self/statm", "r");   /* on Linux, and not behind --chroot */
+    long pages = 0;
+    loop_figures(b), http_figures(b), history_figures(b), rooms_figures(b), chat_figures(b), push_metrics(b);
+    buf_printf(b, "process_start_time_seconds %lld\nxchat_uptime_seconds %lld\n", (long long)page.started,
+               (long long)(now.ms - page.started_ms) / 1000);
+    if (f != NULL && fscanf(f, "%*d %ld", &pages) == 1)
+        buf_printf(b, "process_resident_memory_bytes %lld\n", (long long)pages * sysconf(_SC_PAGESIZE));
+    if (f != NULL) fclose(f);
+}
+
 /* The same for the administrator, at --admin. */
 static void admin_request(struct conn *c, const struct request *q) {
     struct buf figures = {0};
     if (api_request(c, q)) return;
     bool wanted = slice_eq(q->path, S("/metrics")) &&
                   (slice_eq(q->method, S("GET")) || slice_eq(q->method, S("HEAD")));
-    if (wanted) push_metrics(&figures);
+    if (wanted) admin_figures(&figures);
     if (wanted) http_reply(c, q, "200 OK", S("Content-Type: text/plain; version=0.0.4\r\n"), buf_slice(&figures));
     else page_request(c, q);
     buf_free(&figures);
@@ -6824,13 +6915,25 @@ static const struct site admin_site = {admin_request, admin_upgraded, API_BYTES,
  *
  * A signal only counts (see chapter 4), so that all else is done at one place and time.
  *
- * Owns: the options, the list of listeners. Calls: all above. Called by: the shell.
+ * What needs root comes first: keys are read, ports taken. What needs --user's rights is
+ * done with them: files in --data are its own from the beginning. Then all is given up
+ * that is not needed any more, for good, and only then does a stranger's byte come in.
+ *
+ *     keys, certificates -> --data (as --user) -> ports -> Landlock -> --chroot -> --user
+ *
+ * A supervisor (systemd) may have opened the ports for us, and wants to hear how we are.
+ *
+ * Owns: the options, the list of listeners, the user. Calls: all above. Called by: the shell.
  */
 
 static struct {
     const char *binds[16];
     uint32_t n_binds;
     uint64_t given;   /* one bit for each option: it was on the command line */
+    uid_t uid;        /* of --user */
+    int notify;       /* the supervisor's socket, or 0 */
+    int64_t watchdog_ms, alive_ms;   /* how often it wants to hear from us, or 0; when next */
+    bool stopping;    /* it knows */
 } mains;
 
 static const char *take_bind(const char *value) {
@@ -6890,6 +6993,9 @@ static struct option {
     {"trust-proxy", "CIDR", 0, NULL, 0, 0, 0, http_trust, NULL, "proxy whose X-Forwarded-For counts; repeatable"},
     {"ping", "SECONDS", 0, &opt.ping_s, 1, 86400, 25, NULL, NULL, "silence before a ping; three and it is gone"},
     {"timeout", "SECONDS", 0, &opt.timeout_s, 1, 3600, 10, NULL, NULL, "time for a whole HTTP request"},
+    {"user", "NAME", 0, NULL, 0, 0, 0, NULL, &opt.user, "NAME[:GROUP] to become once all is open"},
+    {"chroot", "DIR", 0, NULL, 0, 0, 0, NULL, &opt.chroot, "then see no other files"},
+    {"check", NULL, 0, &opt.check, 0, 1, 0, NULL, NULL, "try all this, say how much memory it may take, and end"},
     {"verbose", NULL, 'v', &opt.verbose, 0, 1, 0, NULL, NULL, "log every connection"},
     {"version", NULL, 'V', NULL, 0, 0, 0, take_version, NULL, "print the version"},
     {"help", NULL, 'h', NULL, 0, 0, 0, take_help, NULL, "print this"},
@@ -7028,6 +7134,172 @@ static void reload_files(void) {
     if (load_files() && push_reload()) log_info("SIGHUP: files read again");
 }
 
+/* ---- Privileges. ---- */
+
+/* Finds --user, and takes its groups, for good: root needs none. */
+static void user_find(void) {
+    const char *group = strchr(opt.user, ':');
+    char name[64];
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(opt.user, ":"), opt.user);
+    const struct passwd *pw = getpwnam(name);
+    const struct group *gr = group != NULL ? getgrnam(group + 1) : NULL;
+    if (pw == NULL || pw->pw_uid == 0 || (group != NULL && gr == NULL))
+        die("--user %s: there is no such user or group, or it is root", opt.user);
+    gid_t gid = gr != NULL ? gr->gr_gid : pw->pw_gid;
+    mains.uid = pw->pw_uid;
+    if (initgroups(name, gid) != 0 || setgid(gid) != 0) die("--user %s: %s", opt.user, strerror(errno));
+}
+
+/* With whose rights files are opened, until all of root's are given up. */
+static void user_switch(uid_t uid) {
+    if (opt.user != NULL && seteuid(uid) != 0) die("--user %s: %s", opt.user, strerror(errno));
+}
+
+/* A directory that is open and lies outside would be a way out of --chroot. */
+static void chroot_enter(void) {
+    char *root = realpath(opt.chroot, NULL), *data = realpath(opt.data != NULL ? opt.data : opt.chroot, NULL);
+    size_t n = root != NULL ? strlen(root) : 0;
+    bool inside = n > 0 && data != NULL && strncmp(data, root, n) == 0 && (data[n] == '/' || data[n] == '\0');
+    if (n > 0 && !inside) die("--chroot %s: --data %s must lie in it", opt.chroot, opt.data);
+    if (n == 0 || chroot(root) != 0 || chdir("/") != 0) die("--chroot %s: %s", opt.chroot, strerror(errno));
+    free(root), free(data);
+}
+
+#ifdef LANDLOCK
+/* Allows these rights beneath a directory. */
+static void landlock_allow(int set, const char *dir, uint64_t rights) {
+    struct landlock_path_beneath_attr rule = {rights, open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
+    if (rule.parent_fd < 0) return;
+    syscall(SYS_landlock_add_rule, set, LANDLOCK_RULE_PATH_BENEATH, &rule, 0);
+    close(rule.parent_fd);
+}
+
+/* The same for the directory that a file is in (it may be replaced by another), and for that
+ * of what it points at. */
+static void landlock_allow_file(int set, const char *file, uint64_t rights) {
+    char dir[4096], *real = realpath(file, NULL);
+    for (const char *at = file; at != NULL; at = at == file ? real : NULL) {
+        const char *slash = strrchr(at, '/');
+        snprintf(dir, sizeof dir, "%.*s/", slash != NULL ? (int)(slash - at) : 1, slash != NULL ? at : ".");
+        landlock_allow(set, dir, rights);
+    }
+    free(real);
+}
+
+/* Takes away the files that we do not need; where the kernel has Landlock (Linux 5.13). */
+static void landlock_enter(void) {
+    const uint64_t look = LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR, all = (1 << 13) - 1;
+    const struct landlock_ruleset_attr attr = {.handled_access_fs = all};   /* what its first version knew */
+    int set = (int)syscall(SYS_landlock_create_ruleset, &attr, sizeof attr, 0);
+    if (set < 0) return;
+    /* To look up names, libc reads what only it knows, and may load code for it. */
+    const char *const system[] = {"/etc", "/run", "/usr", "/lib", "/lib64", "/nix", "/gnu", "/proc"};
+    for (size_t i = 0; i < sizeof system / sizeof *system; i++) landlock_allow(set, system[i], look);
+    if (opt.chroot != NULL) landlock_allow(set, opt.chroot, look);
+    if (opt.data != NULL) landlock_allow(set, opt.data, all & ~(uint64_t)LANDLOCK_ACCESS_FS_EXECUTE);
+    landlock_allow_file(set, "/etc/resolv.conf", look);
+    for (const struct option *o = options; o < options + N_OPTIONS; o++)   /* for SIGHUP */
+        if (o->text != NULL && *o->text != NULL && strcmp(o->arg, "FILE") == 0)
+            landlock_allow_file(set, *o->text, look);
+    for (uint32_t i = 0; i < loop.n; i++) {   /* a socket's file goes when we end */
+        struct sockaddr_un sa = {0};
+        socklen_t len = sizeof sa - 1;
+        if (getsockname(loop.conn[i]->fd, (struct sockaddr *)&sa, &len) == 0 && sa.sun_family == AF_UNIX)
+            landlock_allow_file(set, sa.sun_path, LANDLOCK_ACCESS_FS_REMOVE_FILE);
+    }
+    if (syscall(SYS_landlock_restrict_self, set, 0) != 0) log_warn("Landlock: %s", strerror(errno));
+    close(set);
+}
+#else
+static void landlock_enter(void) {}
+#endif
+
+/* Gives up what is not needed from now on. */
+static void privileges_drop(void) {
+    no_new_privileges();
+    landlock_enter();
+    if (opt.chroot != NULL) chroot_enter();
+    if (opt.user != NULL && (setuid(mains.uid) != 0 || setuid(0) == 0 || seteuid(0) == 0))
+        die("--user %s: root cannot be left for good", opt.user);
+}
+
+/* ---- The supervisor. ---- */
+
+/* Tells it, if there is one. Best effort: it looks after us, not we after it. */
+static void notify(const char *text) {
+    if (mains.notify > 0) send(mains.notify, text, strlen(text), 0);
+}
+
+/* Connects to it now: its socket may be out of reach later. A name with '@' is no file. */
+static void notify_open(void) {
+    const char *path = getenv("NOTIFY_SOCKET"), *usec = getenv("WATCHDOG_USEC"), *pid = getenv("WATCHDOG_PID");
+    struct sockaddr_un sa = {.sun_family = AF_UNIX};
+    size_t n = path != NULL ? strlen(path) : 0;
+    bool ours = pid == NULL || slice_number(slice_of(pid), 10) == getpid();
+    int64_t us = usec != NULL && ours ? slice_number(slice_of(usec), 10) : 0;
+    int fd = n > 0 && n < sizeof sa.sun_path ? socket(AF_UNIX, SOCK_DGRAM, 0) : -1;
+    if (fd < 0) return;
+    memcpy(sa.sun_path, path, n);
+    if (*path == '@') *sa.sun_path = '\0';
+    socklen_t len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n);
+    mains.notify = fd_prepare(fd) == 0 && connect(fd, (struct sockaddr *)&sa, len) == 0 ? fd : 0;
+    mains.watchdog_ms = us > 0 ? us / 2000 : 0;
+    if (mains.notify == 0) log_warn("NOTIFY_SOCKET %s: %s", path, strerror(errno)), close(fd);
+}
+
+/* `tick` of the loop: as long as it runs, we are well. */
+static void main_tick(void) {
+    if (opt.apns != NULL) push_tick();
+    if (loop_stopping() && !mains.stopping) mains.stopping = true, notify("STOPPING=1");
+    if (mains.watchdog_ms == 0 || now.ms < mains.alive_ms) return;
+    notify("WATCHDOG=1");
+    mains.alive_ms = now.ms + mains.watchdog_ms - TICK_MS / 10;   /* ticks are late rather than early */
+}
+
+/* The sockets it listens on for us, from 3 on, take the place of --bind. How many there are. */
+static int64_t listen_given(void) {
+    const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
+    bool ours = pid != NULL && fds != NULL && slice_number(slice_of(pid), 10) == getpid();
+    int64_t n = ours ? slice_number(slice_of(fds), 10) : 0;
+    for (int fd = 3; fd < 3 + n; fd++) {
+        int listens = 0;
+        socklen_t len = sizeof listens;
+        bool ok = getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) == 0 && listens != 0;
+        struct conn *l = ok ? listen_with(fd, opt.tls_cert != NULL, &http_listener, &page_site) : NULL;
+        if (l == NULL) die("LISTEN_FDS: descriptor %d is no socket that listens", fd);
+        l->given = true;
+        log_info("listening on %s%s (given)", addr_text(&l->peer), l->hello ? " (TLS)" : "");
+    }
+    unsetenv("LISTEN_PID"), unsetenv("LISTEN_FDS"), unsetenv("LISTEN_FDNAMES");
+    return n;
+}
+
+/* --check: how much memory the limits allow. A growing buffer may be twice as large as what is
+ * in it, escaping makes a message up to seven times as long. */
+static void check_memory(void) {
+    uint64_t message = (uint64_t)opt.max_message * 7, backlog = opt.backlog > message ? opt.backlog : message;
+    uint64_t list = (uint64_t)opt.max_clients * (6 * NAME_MAX_BYTES + 32), tls = opt.tls_cert != NULL ? 51200 : 0;
+    uint64_t in = READ_BYTES + opt.max_head + opt.max_message, tail = opt.data != NULL ? 0 : 4 * MEMORY_BYTES;
+    uint64_t client = sizeof(struct conn) + sizeof(struct client) + ROOMS_PER_CLIENT * sizeof(struct member);
+    const struct {
+        uint64_t n, bytes;
+        const char *what;
+    } parts[] = {
+        {opt.max_clients, client + tls + 2 * (in + 2 * backlog + list), "clients (--max-message, --backlog, names)"},
+        {opt.max_rooms, sizeof(struct room) + sizeof(struct history) + 3 * backlog + tail, "rooms (--backlog)"},
+        {opt.data == NULL ? IDLE_LOGS : 0, tail, "empty rooms, for what was said in them"},
+        {opt.apns != NULL ? PUSH_QUEUE : 0, 5 * PAYLOAD_MAX, "phones"},
+    };
+    double all = 16;
+    puts("options, files and ports are good. Memory, if everybody did the worst that the limits allow:");
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        double mib = (double)parts[i].n * (double)parts[i].bytes / (1 << 20);
+        all += mib;
+        if (mib > 0) printf("%12.1f MiB  %u %s\n", mib, (unsigned)parts[i].n, parts[i].what);
+    }
+    printf("%12.1f MiB  in all, with 16 for the program\n", all);
+}
+
 int main(int argc, char **argv) {
     struct sigaction stop = {.sa_handler = loop_signal}, ignore = {.sa_handler = SIG_IGN};
     struct sigaction hangup = {.sa_handler = loop_hangup};
@@ -7039,15 +7311,20 @@ int main(int argc, char **argv) {
     options_read(argc, argv);
     limit_clients();
     if (RAND_bytes(tables.secret, sizeof tables.secret) != 1) die("no random bytes");
-    history_init(opt.data);
+    notify_open();
     http.callers.key = caller_key;
     rooms.by_name.key = room_key;
     rooms.unsaid = chat_unsaid;
     loop.flush = rooms_flush;
     loop.reload = reload_files;
+    if (opt.chroot != NULL && opt.user == NULL) usage("--chroot needs --user: root finds a way out");
+    if (opt.user != NULL) user_find();
     if (!load_files() || !push_init()) return 1;
+    user_switch(mains.uid);
+    history_init(opt.data);
+    if (!push_restore()) return 1;
+    user_switch(0);
     rooms.said = opt.apns != NULL ? push_said : NULL;
-    loop.tick = opt.apns != NULL ? push_tick : NULL;
     page_init();
     sigaction(SIGTERM, &stop, NULL);
     sigaction(SIGINT, &stop, NULL);
@@ -7056,8 +7333,10 @@ int main(int argc, char **argv) {
     sigaction(SIGHUP, &hangup, NULL);
     sigaction(SIGCHLD, &ignore, NULL);   /* who looks up a name is not waited for */
     if (opt.push_test != NULL) return push_try(), 1;
-    if (mains.n_binds == 0) listen_on("--bind", NULL, &http_listener, &page_site);
-    for (uint32_t i = 0; i < mains.n_binds; i++) listen_on("--bind", mains.binds[i], &http_listener, &page_site);
+    if (listen_given() == 0) {
+        if (mains.n_binds == 0) listen_on("--bind", NULL, &http_listener, &page_site);
+        for (uint32_t i = 0; i < mains.n_binds; i++) listen_on("--bind", mains.binds[i], &http_listener, &page_site);
+    }
     if (opt.admin != NULL) listen_on("--admin", opt.admin, &http_listener, &admin_site);
     if (opt.reg != NULL) listen_on("--register", opt.reg, &backend_listener, &register_proto);
     static const uint8_t here[16] = {[12] = 127, [15] = 1};
@@ -7065,6 +7344,11 @@ int main(int argc, char **argv) {
     memcpy(id.ip, here, sizeof here);
     if (opt.gateway != NULL) id = listen_on("--gateway", opt.gateway, &backend_listener, &gateway_proto)->peer;
     backend_init(id.ip + 12, id.port, chat_at.port);
+    if (opt.check) loop_signal(0), loop_run();   /* releases the ports, and removes their files */
+    privileges_drop();
+    if (opt.check) return check_memory(), 0;
+    loop.tick = main_tick;
+    notify("READY=1");
     loop_run();
     if (opt.apns != NULL) push_stop();
     log_info("stopped");

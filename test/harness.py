@@ -127,7 +127,7 @@ class Server:
     does not stop with status 0, or left a sanitizer's report on stderr.
     """
 
-    def __init__(self, *options, env=None, shell=None, cwd=None):
+    def __init__(self, *options, env=None, shell=None, cwd=None, pass_fds=()):
         self.listeners = []         # as logged: "127.0.0.1:43211", "[::1]:43211", "unix:/path"
         self.tls = []               # is it a TLS port?
         self.labels = []            # "admin", "register", "gateway"; "" where people chat
@@ -138,7 +138,7 @@ class Server:
         self.log_ended = False
         self.news = threading.Condition()
         self.process = subprocess.Popen(command(*options, shell=shell), env=environment(env), cwd=cwd,
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                        pass_fds=pass_fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                         stderr=subprocess.PIPE)
         self.pid = self.process.pid
         self.reader = threading.Thread(target=self.read_stderr, daemon=True)

@@ -47,7 +47,7 @@ def help():
     for flag in "-h", "--help":
         status, out, err = run(flag)
         check(status == 0 and err == "", status, err)
-        check(len(out.splitlines()) <= 48 and max(map(len, out.splitlines())) <= 100, "does not fit:", out)
+        check(len(out.splitlines()) <= 54 and max(map(len, out.splitlines())) <= 100, "does not fit:", out)
         for option, default, _, _ in NUMBERS:
             check(re.search(rf"\n .*{option} .*\({default}\)\n", out), option, "or its default is not in --help")
         for option in "--bind", "--trust-proxy", "--verbose", "--help", "--version":
