@@ -67,6 +67,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -4496,7 +4497,6 @@ static struct {
     struct buf text, html, name;   /* decoded fields */
     struct buf token;              /* a device token */
     struct buf json;               /* the answer being written */
-    unsigned seated;               /* clients that are logged in */
     unsigned long long received, limited;   /* messages, and those over --rate */
 } chat;
 
@@ -4757,7 +4757,6 @@ static void chat_leave(struct client *cl) {
     struct room *r = cl->seat->room;
     room_leave(cl->seat);
     cl->seat = NULL;
-    chat.seated--;
     chat_begin(S("logout"));
     chat_add_from(cl, "from_client_id", "from_client_name");
     chat_add_time();

@@ -8,14 +8,17 @@ Attacks on the log (control characters in names and URLs) and on its descriptors
 in server.py, where logs and limits are.
 """
 
+import contextlib
+import errno
 import functools
 import json
 import re
 import struct
+import tempfile
 import time
 
 from harness import (BINARY, CLOSE, CONTINUATION, KEY, PING, PONG, ROOT, SLOW, TEXT, UPGRADE,
-                     Bystander, Http, Server, Stream, Ws, answer_and_end, case, check, close_frame,
+                     Bystander, Faults, Http, Server, Skip, Stream, Ws, answer_and_end, case, check, close_frame,
                      expect_nothing, frame, get, instrumented, join, main, new_room, until)
 
 attack = functools.partial(case, around=Bystander)
@@ -816,6 +819,85 @@ def reset_while_being_written_to(s):
             said += ann.message()["type"] == "say"
     left = Ws(s)
     until(lambda: len(left.login("Last", "room")["client_list"]) == 2, "the guests are still listed")
+
+
+# ---------------------------------------------------------------------------
+# The system
+# ---------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def faulty(*options):
+    """(server, faults): see fault.c."""
+    with tempfile.TemporaryDirectory() as directory:
+        faults = Faults(directory)
+        with Server(*options, env=faults.env) as s:
+            yield s, faults
+
+
+@case()
+def clock_jumps():
+    """A day ahead, to 1970, 2038 and 2106: times are as told, nobody is closed for it, and who is silent still is."""
+    with faulty("--ping", "1", "--rate", "0") as (s, faults):
+        ann, bob = join(s, "room", "Ann", "Bob")
+        for wall in int(time.time()) + 86400, 100000, 2**31 - 1, 2**31 + 100000, 2**32 - 100000:
+            faults.wall = wall if wall < 2**31 else wall - 2**32
+            ann.fence()  # the clock is read once a round
+            ann.say(str(wall))
+            for client in ann, bob:
+                stamp = client.expect("say", content=str(wall))["time"]
+                told = time.mktime(time.strptime(stamp, "%Y-%m-%d %H:%M:%S"))
+                check(0 <= told - wall < 10, stamp, "is not", wall)
+        begin = time.monotonic()
+        bob.answer_pings = False
+        ann.say("on")
+        bob.expect_close(4408, skip=True)
+        took = time.monotonic() - begin
+        check(1.5 < took < 5 * SLOW, f"he was silent for {took:.1f} s")
+        ann.fence()
+
+
+@case(rows=[("aborted", errno.ECONNABORTED, 1000), ("forbidden", errno.EPERM, 1000), ("interrupted", errno.EINTR, 1000),
+            ("no descriptors", errno.EMFILE, 1), ("no memory", errno.ENOMEM, 1)])
+def accept_fails(name, number, times):
+    """Those who wait come in as soon as accept() works again; those inside do not notice."""
+    with faulty() as (s, faults):
+        ann, bob = join(s, "room", "Ann", "Bob")
+        faults.set(accept_errno=number, accepts=times)
+        late = Stream(s)
+        until(lambda: faults.accepts < times, "accept() is not intercepted")
+        ann.say("hello")
+        bob.expect("say")
+        late.send(get("/health"))
+        late.take_line_end(b"ok\n")
+        check(s.log().count("accept: ") == (times == 1), s.log())
+
+
+@case()
+def no_memory():
+    """Whatever realloc() of a short session fails: the program ends with status 1 and a line that says why."""
+    if instrumented():
+        raise Skip("a sanitizer or valgrind has the memory")
+    n, ended = 1, True
+    while ended:
+        check(n < 400, "the session never ends")
+        with faulty() as (s, faults):
+            faults.allocate = n
+            with contextlib.suppress(AssertionError, OSError):
+                http = Http(s)
+                http.ask("/health")
+                ann, bob = join(s, "room", "Ann", "Bob")
+                ann.say("x" * 20000)
+                bob.send(frame(TEXT, '{"type":"ping",', fin=0) + frame(0, '"ref":"1"}'))
+                bob.expect("say")
+                bob.expect("pong")
+                ann.send_json(type="history")
+                ann.fence()
+            ended = faults.allocate == 0
+            if ended:
+                check(s.wait_end() == 1 and re.search(r"error out of memory \(\d+ bytes\)$", s.log()), n, s.log())
+                s.want_status, s.asked_to_stop = 1, True
+        n += 1
+    check(n > 20, "only", n, "were counted")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-/* Breaks the disk of the program it is preloaded into, as a test asks for it:
+/* Breaks the system under the program it is preloaded into, as a test asks for it:
  *
  *     cc -shared -fPIC -o fault.so fault.c -ldl
  *     FAULTS=table LD_PRELOAD=./fault.so xchat --data DIR
  *
  * The file `table` holds the ints below and is shared memory: the test turns a
- * fault on and off while the program runs. Only regular files have faults, and the
- * clock, so that nobody needs to wait. */
+ * fault on and off while the program runs. Of files, only regular ones have faults; and the
+ * clocks, so that nobody needs to wait. */
 #define _DEFAULT_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -34,6 +35,10 @@ enum {
     SYNCS,
     OPEN_ERRNO,     /* what openat fails with, or 0 */
     LATER,          /* so many seconds later than it is, says the clock that never goes back */
+    ACCEPT_ERRNO,   /* what accept fails with... */
+    ACCEPTS,        /* ...the next so many times */
+    WALL,           /* what time() says, up to the year 2106; 0: the truth */
+    ALLOCATE,       /* the so many-th realloc from now on fails; 0: none */
     COUNT
 };
 static volatile int *table;
@@ -178,3 +183,38 @@ int clock_gettime(clockid_t clock, struct timespec *t)
         t->tv_sec += table[LATER];
     return failed;
 }
+
+int accept(int fd, struct sockaddr *from, socklen_t *len)
+{
+    int (*real)(int, struct sockaddr *, socklen_t *);
+    *(void **)&real = dlsym(RTLD_NEXT, "accept");
+    if (!table || table[ACCEPTS] <= 0)
+        return real(fd, from, len);
+    table[ACCEPTS]--;
+    errno = table[ACCEPT_ERRNO];
+    return -1;
+}
+
+time_t time(time_t *to)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    time_t t = table && table[WALL] ? (time_t)(unsigned)table[WALL] : now.tv_sec;
+    if (to)
+        *to = t;
+    return t;
+}
+
+#ifndef NO_REALLOC /* a sanitizer has its own */
+void *realloc(void *p, size_t n)
+{
+    static void *(*real)(void *, size_t);
+    if (!real)
+        *(void **)&real = dlsym(RTLD_NEXT, "realloc");
+    if (table && table[ALLOCATE] > 0 && --table[ALLOCATE] == 0) {
+        errno = ENOMEM;
+        return NULL;
+    }
+    return real(p, n);
+}
+#endif

@@ -199,6 +199,16 @@ def max_clients(s):
         client.fence()
 
 
+@case("--max-per-address", "0", shell="ulimit -n 256")
+def max_clients_by_descriptors(s):
+    """Of 256 descriptors 64 are kept: 192 clients come in, and one more is told to wait."""
+    s.wait_log("--max-clients: only 192 fit")
+    clients = [Ws(s) for _ in range(192)]
+    check(upgrade_status(s)[0] == 503)
+    for client in clients:
+        client.fence()
+
+
 @case("--max-per-address", "2")
 def max_per_address(s):
     """The third of one address is refused; another address is not its fault."""
@@ -275,6 +285,21 @@ def max_rooms(s):
     ann.login("Ann", "three")
     late.send_json(type="login", client_name="Late", room_id="one")
     late.expect_error("limit", "rooms")
+
+
+@case("--rate", "0")
+def backlog_up_to_its_value(s):
+    """Who is no more than that behind, in the room and in private, stays and gets all of it."""
+    mute, ann = Ws(s, rcvbuf=4096), join(s, "room", "Ann")
+    mute.login("Mute", "room")
+    ann.expect("login")
+    for _ in range(17):   # with what is around them 17 words are just below 1 MiB
+        ann.say("x" * 61000)
+        ann.expect("say")
+        ann.say("y" * 61000, to=mute.id)
+        ann.expect("say")
+    heard = [mute.expect("say")["content"][-1] for _ in range(34)]
+    check(sorted(heard) == ["x"] * 17 + ["y"] * 17, heard)
 
 
 @case("--backlog", "65536", "--rate", "0", around=Bystander)
