@@ -7278,7 +7278,7 @@ static int64_t listen_given(void) {
 static void check_memory(void) {
     uint64_t message = (uint64_t)opt.max_message * 7, backlog = opt.backlog > message ? opt.backlog : message;
     uint64_t list = (uint64_t)opt.max_clients * (6 * NAME_MAX_BYTES + 32), tls = opt.tls_cert != NULL ? 51200 : 0;
-    uint64_t in = READ_BYTES + opt.max_head + opt.max_message, tail = opt.data != NULL ? 0 : 4 * MEMORY_BYTES;
+    uint64_t in = READ_BYTES + opt.max_head + opt.max_message, tail = opt.data != NULL ? 0 : (uint64_t)4 * MEMORY_BYTES;
     uint64_t client = sizeof(struct conn) + sizeof(struct client) + ROOMS_PER_CLIENT * sizeof(struct member);
     const struct {
         uint64_t n, bytes;
@@ -7324,6 +7324,7 @@ int main(int argc, char **argv) {
     if (!push_restore()) return 1;
     user_switch(0);
     rooms.said = opt.apns != NULL ? push_said : NULL;
+    loop.tick = main_tick;
     page_init();
     sigaction(SIGTERM, &stop, NULL);
     sigaction(SIGINT, &stop, NULL);
@@ -7343,10 +7344,9 @@ int main(int argc, char **argv) {
     memcpy(id.ip, here, sizeof here);
     if (opt.gateway != NULL) id = listen_on("--gateway", opt.gateway, &backend_listener, &gateway_proto)->peer;
     backend_init(id.ip + 12, id.port, chat_at.port);
-    if (opt.check) loop_signal(0), loop_run();   /* releases the ports, and removes their files */
+    if (opt.check) loop.tick = NULL, loop_signal(0), loop_run();   /* gives the ports back, removes their files */
     privileges_drop();
     if (opt.check) return check_memory(), 0;
-    loop.tick = main_tick;
     notify("READY=1");
     loop_run();
     if (opt.apns != NULL) push_stop();

@@ -281,7 +281,7 @@ class Faults:
     """The system under a server, to be broken: see fault.c for the words."""
 
     WORDS = ["room", "write_errno", "sync_errno", "truncate_errno", "die", "writes", "syncs", "open_errno",
-             "accept_errno", "accepts", "wall", "allocate"]
+             "later", "accept_errno", "accepts", "wall", "allocate"]
     building = threading.Lock()
 
     @classmethod
@@ -323,57 +323,6 @@ class Faults:
 
     def none(self):
         self.set(room=-1, write_errno=0, sync_errno=0, truncate_errno=0, die=0, open_errno=0, accept_errno=0, wall=0, allocate=0)
-
-
-# ---------------------------------------------------------------------------
-# Its disk and its clock
-# ---------------------------------------------------------------------------
-
-class Faults:
-    """The disk of a server, to be broken, and its clock: see fault.c for the words."""
-
-    WORDS = ["room", "write_errno", "sync_errno", "truncate_errno", "die", "writes", "syncs", "open_errno",
-             "later"]
-    building = threading.Lock()
-
-    @classmethod
-    @functools.lru_cache
-    def library(cls):
-        here = os.path.join(ROOT, "test")
-        os.makedirs(os.path.join(here, "build"), exist_ok=True)
-        made = os.path.join(here, "build", f"fault-{os.getpid()}.so")
-        done = subprocess.run([*shlex.split(os.environ.get("CC", "cc")), "-O1", "-shared", "-fPIC", "-o", made,
-                               os.path.join(here, "fault.c"), "-ldl"], capture_output=True)
-        check(done.returncode == 0, done.stderr.decode())
-        final = os.path.join(here, "build", "fault.so")
-        os.rename(made, final)
-        return final
-
-    def __init__(self, parent):
-        with self.building:
-            library = self.library()
-        path = os.path.join(parent, "faults")
-        with open(path, "wb") as table:
-            table.write(bytes(4 * len(self.WORDS)))
-        with open(path, "r+b") as table:
-            self.__dict__["table"] = memoryview(mmap.mmap(table.fileno(), 0)).cast("i")
-        self.none()
-        # A sanitizer wants to be the first library, and works as the second one too.
-        self.__dict__["env"] = {"LD_PRELOAD": library, "FAULTS": path, "ASAN_OPTIONS": ":".join(
-            filter(None, [os.environ.get("ASAN_OPTIONS"), "verify_asan_link_order=0"]))}
-
-    def __getattr__(self, word):
-        return self.table[self.WORDS.index(word)]
-
-    def __setattr__(self, word, value):
-        self.table[self.WORDS.index(word)] = value
-
-    def set(self, **words):
-        for word in sorted(words, key=lambda w: w == "room"):  # which arms the others
-            setattr(self, word, words[word])
-
-    def none(self):
-        self.set(room=-1, write_errno=0, sync_errno=0, truncate_errno=0, die=0, open_errno=0)
 
 
 # ---------------------------------------------------------------------------

@@ -67,8 +67,9 @@ def nginx(s, *changes):
         with open(directory + "/nginx.conf", "w", encoding="utf-8") as file:
             file.write(AROUND.format(directory=directory, server=server))
         probe.close()
-        process = subprocess.Popen([program, "-p", directory, "-e", directory + "/error.log", "-c", directory + "/nginx.conf"],
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        line = [program, "-p", directory, "-e", directory + "/error.log", "-c", directory + "/nginx.conf"]
+        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         front = Proxied(port)
         try:
             def answers():

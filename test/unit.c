@@ -9,6 +9,7 @@
  * they understand and what they answer must be the same.
  */
 #define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
