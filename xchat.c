@@ -19,7 +19,7 @@
  *     10. Back end            orders from a site in PHP: GatewayClient, workers
  *     11. HTTP API            the same for everybody else
  *     12. Page                the built-in web client, one HTML file
- *     13. Main                options, listeners, signals
+ *     13. Main                options, listeners, privileges, signals
  *
  * The life of one message, from a browser's "hello" to a hundred screens:
  *

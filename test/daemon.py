@@ -360,9 +360,11 @@ def metrics(s):
     ann.say("x" * 1000)
     for client in ann, bob:
         client.expect("say")
+    bob.login("Bob", "room")
+    ann.expect("login")
     then = figures(s)
-    for name, value in {"connections": 3, "clients": 2, "rooms": 1, "messages_received_total": 3,
-                        "messages_delivered_total": 3}.items():   # that Bob came, to Ann; the word, to both
+    for name, value in {"connections": 3, "clients": 2, "rooms": 1, "messages_received_total": 4,
+                        "messages_delivered_total": 4}.items():  # that Bob came, twice, to Ann; the word, to both
         check(then["xchat_" + name] == value, name, "is", then["xchat_" + name])
     check(1000 < then["xchat_history_written_bytes_total"] < 2000, then)
     check(then["xchat_received_bytes_total"] > 1000 and then["xchat_sent_bytes_total"] > 2000, then)
