@@ -4535,12 +4535,14 @@ static struct member *client_join(struct client *cl, struct room *r, size_t kept
 
 /* Says a text to a client, or `raw` bytes, behind all that it was sent in rooms. */
 static void client_tell(struct client *cl, slice text, bool raw) {
-    for (struct member *m = cl->c->joined; m != NULL; m = m->also) {
+    struct conn *c = cl->c;
+    for (struct member *m = c->joined; m != NULL; m = m->also) {
         room_commit(m->room);
         if (m->replay == NULL) member_settle(m);
     }
-    if (!raw) ws_text(cl->c, text);
-    else if (!cl->c->closing) buf_add(&cl->c->out, text), conn_touch(cl->c);
+    if (!raw) ws_text(c, text);
+    else if (c->out.len > opt.backlog) ws_close(c, WS_TRY_AGAIN, "more than --backlog unread");
+    else if (!c->closing) buf_add(&c->out, text), conn_touch(c);
 }
 
 /* ---- Answers are written in chat.json. ---- */
@@ -4781,6 +4783,7 @@ static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
     buf_addc(&chat.json, '{');
     for (struct member *m = r->first; m != NULL; m = m->next) {
         const struct client *other = m->c->state;
+        if (other->name == NULL) continue;   /* the back end has brought it here */
         json_add(&chat.json, other->id, slice_of(other->name));
     }
     buf_addc(&chat.json, '}');
