@@ -4815,6 +4815,7 @@ static void chat_subscribe(struct client *cl) {
 
 /* From now on a client is this user, or, if that is empty, none, and is in the inbox of the user. */
 static void client_identify(struct client *cl, slice uid) {
+    if (cl->inbox != NULL && slice_eq(room_name(cl->inbox->room), uid)) return;   /* it may be catching up */
     struct room *inbox = uid.len > 0 ? room_open(S("users/"), uid) : NULL;
     if (cl->inbox != NULL) room_leave(cl->inbox);
     free(cl->uid);

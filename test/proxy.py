@@ -51,6 +51,9 @@ class Proxied:
     def address(self, at=0):
         return socket.AF_INET, ("127.0.0.1", self.port)
 
+    def index(self, at):
+        return at
+
 
 @contextlib.contextmanager
 def nginx(s, *changes):
