@@ -62,7 +62,7 @@ class Client
     }
 
     /* One command to one gateway; its answer, if there is one, still serialized. */
-    private function tell(string $address, bool $answered, int $cmd, int $conn, string $ext, string $body = '', $flag = 1)
+    private function tell(string $address, bool $answered, int $cmd, int $conn, string $ext, $body = '', $flag = 1)
     {
         $stream = $this->kept[$address] ?? $this->connect($address);
         $hello = $this->key === '' ? '' : self::packet(202, 0, '', json_encode(['secret_key' => $this->key]), 1);
@@ -333,15 +333,17 @@ function run(array $arguments): void
     if ($register === 'random') {
         while ($key-- > 0) {
             [$one, $two] = [['m' => anything(3), anything(3)], ['m' => anything(3), 'n' => anything(2)]];
-            echo json_encode([bin2hex(serialize($one)), json_encode($one, JSON_UNESCAPED_UNICODE), bin2hex(serialize($two)),
-                bin2hex(serialize(array_replace_recursive($one, $two)))]), "\n";
+            $hex = array_map('bin2hex', array_map('serialize', [$one, $two, array_replace_recursive($one, $two)]));
+            echo json_encode([$hex[0], json_encode($one, JSON_UNESCAPED_UNICODE), $hex[1], $hex[2]]), "\n";
         }
         return;
     }
     if ($library !== '') {
         require $library;
         $client = 'GatewayClient\Gateway';
-        [$client::$registerAddress, $client::$secretKey, $client::$persistentConnection] = [$register, $key, $keep !== ''];
+        $client::$registerAddress = $register;
+        $client::$secretKey = $key;
+        $client::$persistentConnection = $keep !== '';
     } else {
         $client = new Client($register, $key, $keep !== '');
     }

@@ -14,7 +14,6 @@ backend.php is a back end as small as can be; its cases need php (the package ph
 import collections
 import contextlib
 import functools
-import itertools
 import json
 import os
 import random
@@ -27,8 +26,8 @@ import tempfile
 import threading
 import time
 
-from harness import (CLOSE, DEADLINE, PING, PONG, ROOT, SLOW, TEXT, Bystander, Faults, Http, Server, Skip, Stream, Ws,
-                     case, check, expect_nothing, frame, get, join, main, new_room, run, until)
+from harness import (DEADLINE, PING, PONG, ROOT, TEXT, Bystander, Faults, Http, Server, Skip, Stream, Ws,
+                     case, check, expect_nothing, frame, get, instrumented, join, main, new_room, run, until)
 
 with open(os.path.join(ROOT, "test", "backend.json"), encoding="utf-8") as golden:
     GOLDEN = json.load(golden)
@@ -194,13 +193,15 @@ def register_deadline():
         half.send(ASK[:-1])
         live.send(b'{"event":"ping"}\n')
         Register(s).ask()   # so all of them are accepted, and read
-        faults.later = 8
-        time.sleep(1.2 * SLOW)   # deadlines are looked at once a second
-        half.send(ASK[-1:])
-        check(half.addresses() == [s.gateway])
-        faults.later = 12
+        faults.later = 3
+        late = Register(s)
+        late.send(ASK[:-1])
+        Register(s).ask()
+        faults.later = 11
         idle.expect_end()
-        check(live.ask() == [s.gateway] and half.ask() == [s.gateway], "who has spoken is closed as well")
+        half.expect_end()
+        late.send(ASK[-1:])
+        check(late.addresses() == live.ask() == [s.gateway], "who has spoken, or has time, is closed as well")
 
 
 @contextlib.contextmanager
@@ -293,7 +294,8 @@ def register_key():
         for secret in ("", "sekre", "sekret ", "sekretx", "SEKRET", "sekret\0", None, 5, True, ["sekret"], {"a": 1}):
             for event in "worker_connect", "gateway_connect":
                 client = Register(s)
-                client.send(json.dumps({"event": event, "address": "127.0.0.1:1", "secret_key": secret}).encode() + b"\n")
+                line = json.dumps({"event": event, "address": "127.0.0.1:1", "secret_key": secret})
+                client.send(line.encode() + b"\n")
                 client.expect_end()
         for line in b'{"event":"worker_connect"}\n', b'{"event":"gateway_connect","address":"127.0.0.1:1"}\n':
             client = Register(s)
@@ -332,35 +334,50 @@ def join_comes_back():
             check(watcher.addresses() == [] and watcher.addresses() == [s.gateway], "it does not come back")
 
 
+def first_line(listener, s):
+    """A gateway comes to a register of ours: the connection, what it says, and a reader of what follows."""
+    sock = listener.accept()[0]
+    sock.settimeout(DEADLINE)
+    lines = sock.makefile("rb")
+    said = json.loads(lines.readline())
+    check(said == {"event": "gateway_connect", "address": s.gateway, "secret_key": ""}, "its first line:", said)
+    return sock, lines
+
+
+@contextlib.contextmanager
+def joined(host):
+    """(faults, listener, server) of a gateway that joins us there."""
+    with clock() as faults, socket.create_server((host, 0)) as listener:
+        listener.settimeout(DEADLINE)
+        with Server(*GATEWAY, "--join", f"{host}:{listener.getsockname()[1]}", env=faults.env) as s:
+            yield faults, listener, s
+
+
 @case()
-def join_speaks():
-    """What a gateway says to a register: its address, with the key; pings, but not on this machine."""
-    for host in "127.0.0.1", "127.0.0.2":
-        with clock() as faults, socket.create_server((host, 0)) as listener, \
-                Server(*GATEWAY, "--join", f"{host}:{listener.getsockname()[1]}", env=faults.env) as s:
-            listener.settimeout(DEADLINE)
-            sock = listener.accept()[0]
-            with sock, sock.makefile("rb") as lines:
-                sock.settimeout(DEADLINE)
-                check(json.loads(lines.readline()) ==
-                      {"event": "gateway_connect", "address": s.gateway, "secret_key": ""}, "its first line")
-                faults.later = 26
-                if host == "127.0.0.2":
-                    check(json.loads(lines.readline()) == {"event": "ping"}, "its second line")
-                else:
-                    half = Inner(s)
-                    half.send(packet(IS_ONLINE)[:-1])
-                    Inner(s).fence()
-                    faults.later = 57
-                    half.expect_end()   # so it has looked at the clock
-                    sock.setblocking(False)
-                    with contextlib.suppress(BlockingIOError):
-                        check(False, "it says", sock.recv(99))
-                    sock.setblocking(True)
-            sock = listener.accept()[0]   # a second later
-            with sock:
-                sock.settimeout(DEADLINE)
-                check(sock.recv(9).startswith(b"{"), "it comes back, and is silent")
+def join_pings():
+    """To a register elsewhere, every 25 s."""
+    with joined("127.0.0.2") as (faults, listener, s):
+        sock, lines = first_line(listener, s)
+        faults.later = 26
+        check(json.loads(lines.readline()) == {"event": "ping"}, "its next line")
+        lines.close(), sock.close()
+
+
+@case()
+def join_is_silent():
+    """To one on this machine it says its address, and again when it has lost it; nothing else."""
+    with joined("127.0.0.1") as (faults, listener, s):
+        sock, lines = first_line(listener, s)
+        half = Inner(s)
+        half.send(packet(IS_ONLINE)[:-1])
+        Inner(s).fence()
+        faults.later = 31
+        half.expect_end()   # so it has looked at the clock
+        sock.shutdown(socket.SHUT_WR)
+        check(lines.read() == b"", "it has said more")
+        lines.close(), sock.close()
+        for stream in first_line(listener, s):
+            stream.close()
 
 
 @case(rows=[
@@ -440,9 +457,10 @@ ARRAY = ('{"type":"arr","u":"你\\/\\"","n":[1,2.5,null,true,0.1],"e":[],'
 HEARD = {   # until the first of them is closed
     "A": ["one", "", ARRAY, "5", "1.5", "1", "", "null", "to all", "to A+B", "A,B minus B", "raw", '{"arr":1}', "to u1",
           "to u1 and 42", "to g1", *["g1 and 9: twice for A"] * 2, "unicode", "int group", '{"arr":"你"}', "raw"],
-    "B": ["to all", "to A+B", "not A", "not A str", "raw", '{"arr":1}', "to u1", "to u1 and 42", "g1 and 9: twice for A",
-          "not A", "not A str", '{"arr":"你"}', "raw"],
-    "C": ["to all", "not A", "not A str", "raw", '{"arr":1}', "to u1 and 42", "to 42", "to g1", "g1 and 9: twice for A"],
+    "B": ["to all", "to A+B", "not A", "not A str", "raw", '{"arr":1}', "to u1", "to u1 and 42",
+          "g1 and 9: twice for A", "not A", "not A str", '{"arr":"你"}', "raw"],
+    "C": ["to all", "not A", "not A str", "raw", '{"arr":1}', "to u1 and 42", "to 42", "to g1",
+          "g1 and 9: twice for A"],
 }
 
 
@@ -476,22 +494,21 @@ def recorded(name, talk):
         carl.expect_end()
 
 
-@case(rows=GOLDEN["errors"])
-def recorded_errors(name, request, answer, then):
+@gateway(rows=GOLDEN["errors"])
+def recorded_errors(s, name, request, answer, then):
     """Packets that nobody should send. Where a PHP gateway is stuck for ever this one closes."""
-    with Server(*GATEWAY) as s:
-        inner, request = Inner(s), bytes.fromhex(request)
-        inner.send(request)
-        got = inner.take(len(answer) // 2).hex()
-        check(got == answer, got)
-        if then == "closed":
-            return inner.expect_end()
-        if then == "waits":
-            length = struct.unpack_from(">I", request)[0]
-            Inner(s).fence()
-            inner.send(bytes(length - len(request)))
-            check(inner.reply() == "i:0;", "after the rest")
-        check(inner.ask(COUNT_BY_GROUP) == "i:0;", "then")
+    inner, request = Inner(s), bytes.fromhex(request)
+    inner.send(request)
+    got = inner.take(len(answer) // 2).hex()
+    check(got == answer, got)
+    if then == "closed":
+        return inner.expect_end()
+    if then == "waits":
+        length = struct.unpack_from(">I", request)[0]
+        Inner(s).fence()
+        inner.send(bytes(length - len(request)))
+        check(inner.reply() == "i:0;", "after the rest")
+    check(inner.ask(COUNT_BY_GROUP) == "i:0;", "then")
 
 
 @case()
@@ -515,7 +532,8 @@ def recorded_with_key():
 
 NO_KEYS = [
     ("nothing before it", b""),
-    *((f"{key!r}", hello(key)) for key in ("", "sekre", "sekretx", "sekret ", "Sekret", "sekret\0", None, 0, True, ["sekret"])),
+    *((f"{key!r}", hello(key)) for key in
+      ("", "sekre", "sekretx", "sekret ", "Sekret", "sekret\0", None, 0, True, ["sekret"])),
     ("no key", packet(HELLO, body="{}")), ("no JSON", packet(HELLO, body="sekret")), ("no body", packet(HELLO)),
     ("as ext_data", packet(HELLO, ext='{"secret_key":"sekret"}')),
     ("a worker without", packet(WORKER, body='{"worker_key":"w:1"}')),
@@ -572,7 +590,8 @@ def accepts(s, key):
 def split_packets(s):
     """Wherever a packet is cut in two, it is one packet."""
     ann, inner, other = join(s, "room", "Ann"), Inner(s), Inner(s)
-    whole = packet(SEND_TO_GROUP, ext='{"group":["room"],"exclude":null}', body="hi") + packet(COUNT_BY_GROUP, ext="room")
+    whole = packet(SEND_TO_GROUP, ext='{"group":["room"],"exclude":null}', body="hi")
+    whole += packet(COUNT_BY_GROUP, ext="room")
     for cut in range(1, len(whole)):
         inner.send(whole[:cut])
         other.fence()
@@ -631,10 +650,11 @@ def no_such_client(s):
     check(inner.ask(GROUPS) == "a:0:{}" and inner.ask(IS_ONLINE, ann) == "i:0;")
 
 
-WRONG = [packet(cmd, 0, ext, body, flag) for flag in (0, 1, 2, 3, 255) for cmd in range(256) if cmd not in (WORKER, HELLO)
-         for ext, body in (("", ""), ("{", "a:1:{"), ("[[[[", "O:1"), ('{"group":5,"fields":5,"where":"x"}', "s:9999999:\"x\";"),
-                           ('{"group":[[1]],"fields":[[]],"where":{"uid":{"a":[]},"groups":5}}', "a:99999999:{i:0;"),
-                           ('{"connections":5,"exclude":"x"}', "\xff"), ('{"connections":{"x":"y"}}', "i:5"))]
+RUBBISH = [("", ""), ("{", "a:1:{"), ("[[[[", "O:1"), ('{"group":5,"fields":5,"where":"x"}', "s:9999999:\"x\";"),
+           ('{"group":[[1]],"fields":[[]],"where":{"uid":{"a":[]},"groups":5}}', "a:99999999:{i:0;"),
+           ('{"connections":5,"exclude":"x"}', "\xff"), ('{"connections":{"x":"y"}}', "i:5")]
+WRONG = [packet(cmd, 0, ext, body, flag) for flag in (0, 1, 2, 3, 255) for cmd in range(256)
+         if cmd not in (WORKER, HELLO) for ext, body in RUBBISH]
 
 
 @gateway()
@@ -691,10 +711,10 @@ def a_million_uids(s):
         inner.tell(BIND_UID, bob, "u2")
         inner.tell(SEND_TO_UID, ext="[" + '"u2",' * 999999 + '"u2"]', body="x" * 100)
         inner.fence()
-        inner.tell(SEND_TO_GROUP, ext='{"group":[' + '"elsewhere",' * 799999 + '"elsewhere"]}', body="x" * 100)
+        inner.tell(SEND_TO_GROUP, ext='{"group":[' + '"elsewhere",' * 199999 + '"elsewhere"]}', body="x" * 100)
         inner.fence()
         for cmd in BATCH_IDS_BY_UID, BATCH_COUNT:
-            check(inner.ask(cmd, ext="[" + ",".join(map(str, range(500000))) + "]").startswith("a:500000:{i:0;"), cmd)
+            check(inner.ask(cmd, ext="[" + ",".join(map(str, range(100000))) + "]").startswith("a:100000:{i:0;"), cmd)
     hears(inner, ann)
 
 
@@ -712,7 +732,8 @@ JSON = [   # a serialized body, and the text that it becomes
     ("bool", "a:2:{i:0;b:1;i:1;b:0;}", "[true,false]"),
     ("integers", "a:2:{i:0;i:9223372036854775807;i:1;i:-9223372036854775808;}",
      "[9223372036854775807,-9223372036854775808]"),
-    ("whole floats", "a:4:{i:0;d:1;i:1;d:-0;i:2;d:100000;i:3;d:1.2345678901234568E+17;}", "[1,-0,100000,1.2345678901234568e+17]"),
+    ("whole floats", "a:4:{i:0;d:1;i:1;d:-0;i:2;d:100000;i:3;d:1.2345678901234568E+17;}",
+     "[1,-0,100000,1.2345678901234568e+17]"),
     ("floats", "a:4:{i:0;d:0.1;i:1;d:-2.5;i:2;d:0.30000000000000004;i:3;d:3.141592653589793;}",
      "[0.1,-2.5,0.30000000000000004,3.141592653589793]"),
     ("large floats", "a:4:{i:0;d:1.0E+15;i:1;d:1.0E+17;i:2;d:1.0E+25;i:3;d:1.7976931348623157E+308;}",
@@ -735,12 +756,15 @@ def arrays_become_json(s, name, body, text):
     hears(inner, ann, text)
 
 
-BAD_BODIES = ["", "garb", "a:1:{", "a:1:{i:0;i:1;", "a:1:{i:0;", "a:0:{", "a:1:{i:0;}", "a:2:{i:0;i:1;}", "a:1:{i:0;i:1;}x", "a:-1:{}", "a:1:{N;i:1;}", "a:1:{d:1;i:1;}",
-              's:5:"abc";', 's:3:"abc"', "s:99999999999999999999:\"x\";", "a:1:{i:0;s:2:\"x\";}", "a:1:{i:0;i:;}", "a:1:{i:0;i:x;}",
-              "a:1:{i:0;d:;}", "a:1:{i:0;d:INF;}", "a:1:{i:0;d:NAN;}", "a:1:{i:0;b:7x;}", "a:1:{i:0;R:1;}", "a:1:{i:0;r:1;}",
-              'C:3:"Foo":0:{}', "a:1:{i:0;s:1:\"\xff\";}".encode("latin-1"), "a:1:{s:1:\"\xff\";i:0;}".encode("latin-1"),
-              "a:1:{i:0;" * 600 + "N;" + "}" * 600, "a:1:{i:0;" * 100000, "a:1:{i:0;" * 100000 + "N;" + "}" * 100000,
-              "a:4000000000:{}", "O:-1:\"x\":0:{}", "O:99:\"x\":0:{}"]
+BAD_BODIES = [
+    "", "garb", "a:1:{", "a:1:{i:0;", "a:1:{i:0;}", "a:1:{i:0;i:1;", "a:0:{", "a:2:{i:0;i:1;}", "a:1:{i:0;i:1;}x",
+    "a:-1:{}", "a:1:{N;i:1;}", "a:1:{d:1;i:1;}", 's:5:"abc";', 's:3:"abc"', 's:99999999999999999999:"x";',
+    'a:1:{i:0;s:2:"x";}', "a:1:{i:0;i:;}", "a:1:{i:0;i:x;}", "a:1:{i:0;d:;}", "a:1:{i:0;d:INF;}", "a:1:{i:0;d:NAN;}",
+    "a:1:{i:0;b:7x;}", "a:1:{i:0;R:1;}", "a:1:{i:0;r:1;}", 'C:3:"Foo":0:{}', b'a:1:{i:0;s:1:"\xff";}',
+    b'a:1:{s:1:"\xff";i:0;}', "a:1:{i:0;" * 600 + "N;" + "}" * 600, "a:1:{i:0;" * 100000,
+    "a:1:{i:0;" * 100000 + "N;" + "}" * 100000, "a:4000000000:{}", 'O:-1:"x":0:{}', 'O:99:"x":0:{}', 'O:1:"x":1:{i:0;',
+    'O:1:"x":0:{',
+]
 
 
 @gateway()
@@ -801,8 +825,9 @@ def twice_for_two(s):
     inner.tell(SEND_TO_GROUP, ext=json.dumps({"group": ["b", "a"], "exclude": {number(ann): number(ann)}}), body="2")
     inner.tell(SEND_TO_GROUP, ext='{"group":["nosuch"]}', body="3")
     inner.tell(SEND_TO_UID, ext='["u","u"]', body="4")
-    inner.tell(SEND_TO_ALL, ext=json.dumps({"connections": {"1": number(bob)}, "exclude": {"1": number(bob)}}), body="5")
-    inner.tell(SEND_TO_ALL, ext=json.dumps({"exclude": {"1": number(bob)}}), body="6")
+    his = {"1": number(bob)}
+    inner.tell(SEND_TO_ALL, ext=json.dumps({"connections": his, "exclude": his}), body="5")
+    inner.tell(SEND_TO_ALL, ext=json.dumps({"exclude": his}), body="6")
     hears(inner, ann, *"111446")
     hears(inner, bob, *"112445")
 
@@ -908,7 +933,8 @@ def a_group_is_a_room(s):
     ann.expect("say", content="in my own")
     expect_nothing(ann, bob)
     check(inner.ask(COUNT_BY_GROUP, ext="2") == "i:2;")
-    check(inner.ask(SESSIONS_BY_GROUP, ext="2") == php({number(bob): inner.session(bob), number(ann): inner.session(ann)}))
+    sessions = {number(client): inner.session(client) for client in (bob, ann)}   # as they joined
+    check(inner.ask(SESSIONS_BY_GROUP, ext="2") == php(sessions))
     inner.tell(LEAVE_GROUP, ann, "2")
     inner.fence()
     bob.say("alone")
@@ -916,7 +942,8 @@ def a_group_is_a_room(s):
     ann.expect_nothing()
     inner.tell(UNGROUP, ext="2")
     check(inner.ask(GROUPS) == php([1]), inner.ask(GROUPS))
-    check(inner.look("groups") == php({number(ann): {"groups": {1: "1"}}, number(bob): {"groups": []}}), inner.look("groups"))
+    groups = inner.look("groups")
+    check(groups == php({number(ann): {"groups": {1: "1"}}, number(bob): {"groups": []}}), groups)
 
 
 @gateway()
@@ -935,7 +962,8 @@ def groups_have_an_end(s):
     for name in groups:
         inner.tell(LEAVE_GROUP, ann, name)
     check(inner.look("groups") == php({number(ann): {"groups": []}}), "after leaving all")
-    names = ["-5", "-0", "01", "1.0", " 1", "9223372036854775807", "9223372036854775808", "-9223372036854775808", "+1", "1"]
+    names = ["-5", "-0", "01", "1.0", " 1", "+1", "1", "9223372036854775807", "9223372036854775808",
+             "-9223372036854775808", "-9223372036854775809"]
     for name in names:
         inner.tell(JOIN_GROUP, ann, name)
     keys = [int(n) if re.fullmatch(r"0|-?[1-9]\d*", n) and -2**63 <= int(n) < 2**63 else n for n in names]
@@ -985,10 +1013,13 @@ NOT_KEPT = [
     ("an object", 'O:8:"stdClass":0:{}'), ("one inside", 'a:1:{i:0;O:8:"stdClass":1:{s:1:"p";i:1;}}'),
     ("custom", 'C:11:"ArrayObject":0:{}'), ("enum", 'E:7:"Foo:Bar";'), ("reference", "a:2:{i:0;i:1;i:1;R:2;}"),
     ("another", "a:2:{i:0;i:1;i:1;r:1;}"), ("too few", "a:2:{i:0;i:1;}"), ("too many", "a:1:{i:0;i:1;i:1;i:1;}"),
-    ("more behind", "a:0:{}a:0:{}"), ("cut", "a:1:{i:0;i:1;"), ("length", 'a:1:{i:0;s:5:"x";}'), ("bool", "a:1:{i:0;b:2;}"),
+    ("more behind", "a:0:{}a:0:{}"), ("cut", "a:1:{i:0;i:1;"), ("length", 'a:1:{i:0;s:5:"x";}'),
+    ("cut to nothing", "a:0:{"), ("cut inside", "a:1:{i:0;a:1:{i:0;i:1;}"), ("bool", "a:1:{i:0;b:2;}"),
     ("negative", "a:-1:{}"), ("huge", "a:99999999999999999999:{}"), ("huge text", 'a:1:{i:0;s:99999999999:"x";}'),
-    ("a key that is a float", "a:1:{d:1;i:1;}"), ("a key that is an array", "a:1:{a:0:{}i:1;}"), ("no quote", "a:1:{i:0;s:1:x;}"),
-    ("not PHP's", "gar:bage"), ("33 levels", deep(33)), ("a million levels", deep(1000000)), ("never closed", "a:1:{i:0;" * 100000),
+    ("a key that is a float", "a:1:{d:1;i:1;}"), ("a key that is an array", "a:1:{a:0:{}i:1;}"),
+    ("no quote", "a:1:{i:0;s:1:x;}"),
+    ("not PHP's", "gar:bage"), ("33 levels", deep(33)), ("a million levels", deep(1000000)),
+    ("never closed", "a:1:{i:0;" * 3000),
     ("too long", php({"x": "y" * (32 << 10)})),
 ]
 
@@ -1024,8 +1055,8 @@ def sessions_that_are_kept(s):
     check(inner.session(conn) == "a:0:{}" and inner.ask(ALL_SESSIONS) == php({conn: ""}), "at first")
     longest = php({"x": "y" * ((32 << 10) - len(php({"x": "y" * 10000})) + 10000)})
     check(len(longest) == 32 << 10, len(longest))
-    for session in ("a:1:{i:0;d:1.50;}", "a:1:{i:0;d:0.1;}", 'a:1:{s:4:"\0\xff";i:1;}'.replace("s:4", "s:3"), deep(32), longest,
-                    "a:2:{i:0;i:1;i:0;i:2;}", "garbage", php({"k": "\";}a:0:{}"})):
+    for session in ("a:1:{i:0;d:1.50;}", "a:1:{i:0;d:0.1;}", 'a:1:{s:3:"\0\xff";i:1;}', deep(32), longest,
+                    "garbage", php({"k": "\";}a:0:{}"})):
         inner.tell(SET_SESSION, conn, session)
         check(inner.session(conn) == session, "it is", inner.session(conn)[:200], "in place of", session[:200])
     inner.tell(UPDATE_SESSION, conn, php({"a": 1}))
@@ -1053,7 +1084,8 @@ UPDATES = [   # a session, an update, and what it becomes
     ("floats", 'a:2:{s:1:"a";d:0.1;s:1:"b";d:1.0E+25;}', 'a:1:{s:1:"b";d:-0;}', 'a:2:{s:1:"a";d:0.1;s:1:"b";d:-0;}'),
     ("keys alike", 'a:2:{i:1;s:1:"x";s:2:"01";s:1:"y";}', 'a:2:{s:2:"01";i:5;i:-1;i:6;}',
      'a:3:{i:1;s:1:"x";s:2:"01";i:5;i:-1;i:6;}'),
-    ("texts with marks", 'a:1:{s:1:"a";s:6:"";}{:a";}', 'a:1:{s:3:"";}";i:1;}', 'a:2:{s:1:"a";s:6:"";}{:a";s:3:"";}";i:1;}'),
+    ("texts with marks", 'a:1:{s:1:"a";s:6:"";}{:a";}', 'a:1:{s:3:"";}";i:1;}',
+     'a:2:{s:1:"a";s:6:"";}{:a";s:3:"";}";i:1;}'),
     ("no array", 'a:1:{s:1:"a";i:1;}', "i:5;", 'a:1:{s:1:"a";i:1;}'),
     ("types", 'a:4:{i:0;N;i:1;b:1;i:2;d:1;i:3;s:1:"x";}', 'a:4:{i:0;b:0;i:1;N;i:2;i:1;i:3;d:1;}',
      'a:4:{i:0;b:0;i:1;N;i:2;i:1;i:3;d:1;}'),
@@ -1080,11 +1112,12 @@ def updates_have_an_end(s):
     check(inner.session(ann) == php({"a": "x" * 20000}), len(inner.session(ann)))
     many = php({f"k{i}": i for i in range(1000)})
     inner.tell(SET_SESSION, ann, many)
-    begin = time.monotonic()
-    for _ in range(200):
+    inner.fence()
+    begin = s.cpu_seconds()
+    for _ in range(20):
         inner.tell(UPDATE_SESSION, ann, many)
     check(inner.session(ann) == many)
-    check(time.monotonic() - begin < DEADLINE, "200 updates of 1000 fields are slow")
+    check(instrumented() or s.cpu_seconds() - begin < 0.5, "20 updates of 1000 fields:", s.cpu_seconds() - begin, "s")
 
 
 @gateway()
@@ -1338,9 +1371,8 @@ def worker_pings():
         near, far, half, client = Worker(here, "w:1").fence(), Worker(there, "w:1").fence(), Inner(here), Inner(there)
         half.send(packet(IS_ONLINE)[:-1])
         Inner(here).fence()
-        for turn in 1, 2:
-            faults.later += 26
-            check(far.event(WORKER_PING).raw == packet(WORKER_PING), "another ping")
+        faults.later = 31
+        check(far.event(WORKER_PING).raw == packet(WORKER_PING), "another ping")
         half.expect_end()   # so the other has looked at its clock as well
         near.none()
         client.fence()
@@ -1359,8 +1391,8 @@ class Php:
     def __init__(self, *arguments):
         if not shutil.which("php"):
             raise Skip("there is no php (package php-cli)")
-        self.process = subprocess.Popen(["php", "-d", "display_errors=stderr", SCRIPT, *arguments], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        line = ["php", "-d", "display_errors=stderr", SCRIPT, *arguments]
+        self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def call(self, method, *arguments):
         self.process.stdin.write(json.dumps([method, arguments]).encode() + b"\n")
@@ -1403,7 +1435,8 @@ def calls_of_the_record(methods, *options):
                 if method == "closeClient" and not closed:
                     closed = True
                     for inner, client, who in (first, ann, "A"), (second, bob, "B"):
-                        want = [w.replace('"__PHP_Incomplete_Class_Name":"stdClass",', "") for w in HEARD[who] if w != "raw"]
+                        want = [word.replace('"__PHP_Incomplete_Class_Name":"stdClass",', "")
+                                for word in HEARD[who] if word != "raw"]
                         heard = texts(inner, client)
                         check(sorted(heard) == sorted(want), who, "heard", heard, "in place of", want)
                 got, want = back_end.call(method, *now(arguments)), {"returns": now(returns)}
@@ -1435,7 +1468,8 @@ def php_back_end_with_key():
                     wrong.call("sendToClient", ann.id, "x")
             with Php(s.register, "sekret&\"'", keep) as right:
                 for method, arguments, want in (
-                        ("sendToClient", [ann.id, "one"], True), ("isOnline", [ann.id], 1), ("bindUid", [ann.id, "u"], None),
+                        ("sendToClient", [ann.id, "one"], True), ("isOnline", [ann.id], 1),
+                        ("bindUid", [ann.id, "u"], None),
                         ("sendToUid", ["u", {"a": 1.5}], None), ("isUidOnline", ["u"], 1), ("getAllClientCount", [], 1),
                         ("getSession", [ann.id], {"room_id": "room", "client_name": "Ann"}),
                         ("getClientCountByGroup", ["room"], 1), ("closeClient", [ann.id, "bye"], True),
@@ -1451,7 +1485,7 @@ def as_php_does_it(s):
     """JSON and merging of arrays of all sorts, compared with what PHP makes of them."""
     if not shutil.which("php"):
         raise Skip("there is no php (package php-cli)")
-    lines = subprocess.run(["php", SCRIPT, "random", "400"], capture_output=True, check=True).stdout.decode().splitlines()
+    lines = subprocess.run(["php", SCRIPT, "random", "400"], capture_output=True, check=True).stdout.splitlines()
     ann, inner = join(s, "room", "Ann"), Inner(s)
     for one, text, two, both in map(json.loads, lines):
         one, two, both = (bytes.fromhex(h) for h in (one, two, both))
