@@ -614,16 +614,19 @@ def many_packets_at_once(s):
 def half_packet_deadline():
     """Half a packet is waited for thirty seconds; a connection that says nothing, for ever."""
     with clock() as faults, Server(*GATEWAY, env=faults.env) as s:
-        half, silent, done = Inner(s), Inner(s), Inner(s)
-        half.send(packet(IS_ONLINE)[:20])
+        half, slow, silent, done = Inner(s), Inner(s), Inner(s), Inner(s)
+        for inner in half, slow:
+            inner.send(packet(IS_ONLINE)[:20])
         done.fence()
+        slow.send(packet(IS_ONLINE)[20:])
+        slow.reply()
         faults.later = 20
         half.send(b"\0")
         done.fence()
         faults.later = 36
         half.expect_end()
-        silent.fence()
-        done.fence()
+        for inner in slow, silent, done:
+            inner.fence()
 
 
 NO_REPLY = [(SEND_TO_ONE, "", "x"), (KICK, "", "x"), (DESTROY, "", ""), (UPDATE_SESSION, php({"a": 1}), ""),
@@ -742,7 +745,7 @@ def a_million_uids(s):
         bob = Ws(s, rcvbuf=4096)
         bob.login("Bob", "elsewhere")
         inner.tell(BIND_UID, bob, "u2")
-        inner.tell(SEND_TO_UID, ext="[" + '"u2",' * (n - 1) + '"u2"]', body="x" * 100)
+        inner.tell(SEND_TO_UID, ext="[" + '"u2",' * (n // 5) + '"u2"]', body="x" * 100)
         inner.fence()
         inner.tell(SEND_TO_GROUP, ext='{"group":[' + '"elsewhere",' * (n // 5) + '"elsewhere"]}', body="x" * 100)
         inner.fence()
@@ -1338,10 +1341,10 @@ def workers_share(s):
     one.tell(JOIN_GROUP, ann.conn, "room")
     one.tell(SET_SESSION, ann.conn, session)
     one.fence()
-    gone = mine[one].pop()
+    gone = mine[two].pop()
     gone.close()
-    check(one.event(ON_CLOSE).conn == gone.conn)
-    one.newcomer()   # it has two then, the other three
+    check(two.event(ON_CLOSE).conn == gone.conn)
+    two.newcomer()   # it has two then, the other three
     one.close()
     Inner(s).fence().fence()
     ann.send(frame(TEXT, "hello"))
