@@ -1072,7 +1072,7 @@ def sessions_that_are_refused(s, name, session):
     before = inner.session(ann)
     for cmd in SET_SESSION, UPDATE_SESSION:
         inner.tell(cmd, ann, session)
-        check(inner.session(ann) == before, "it became", inner.session(ann)[:200])
+        check(inner.session(ann) == before, "it became", repr(inner.session(ann)[:200]))
     check(inner.ask(ALL_SESSIONS).count(before) >= 1)
 
 
