@@ -105,7 +105,7 @@ static void no_new_privileges(void) { prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); } 
 #else
 static void no_new_privileges(void) {}
 #endif
-#if defined(__linux__) && defined(__has_include)
+#if defined(__linux__) && defined(__has_include) && !defined(XCHAT_NO_LANDLOCK)
 #if __has_include(<linux/landlock.h>) && defined(SYS_landlock_restrict_self)
 #include <linux/landlock.h>
 #define LANDLOCK 1
