@@ -892,7 +892,7 @@ def no_memory():
                 ann.send_json(type="history")
                 ann.fence()
             ended = faults.allocate == 0
-            faults.allocate = 0   # so that stopping works in the end
+            faults.allocate = 0  # the end of the server is not part of it
             if ended:
                 check(s.wait_end() == 1 and re.search(r"error out of memory \(\d+ bytes\)$", s.log()), n, s.log())
                 s.want_status, s.asked_to_stop = 1, True
