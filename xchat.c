@@ -570,28 +570,25 @@ static const char *json_pick(slice text, struct json_field *fields, size_t n, si
     return j.why;
 }
 
-/* Takes the next value off `rest`, what is inside the brackets of a raw array or object; its
- * key is empty in an array. False: there is none. */
-static bool json_each(slice *rest, slice *key, slice *value) {
+/* Takes the next value off `rest`, what is inside the brackets of an array or object that was
+ * checked; the keys of an object are passed over. False: there is none. */
+static bool json_each(slice *rest, slice *value) {
     struct json j = {*rest, NULL};
-    bool named;
-    *key = S("");
-    json_skip(&j, ", \t\n\r", SIZE_MAX);
-    if (j.rest.len == 0) return false;
-    do {
-        slice start = j.rest;
+    do {   /* once more behind a key */
         int depth = 0;
-        do {
+        json_skip(&j, ",: \t\n\r", SIZE_MAX);
+        *value = j.rest;
+        while (j.rest.len > 0 && (depth > 0 || !json_at(&j, ",: \t\n\r"))) {
             if (json_skip(&j, "\"", 1) > 0) json_string(&j);
             else if (json_skip(&j, "[{", 1) > 0) depth++;
-            else depth -= json_skip(&j, "]}", 1) > 0 ? 1 : (j.rest = slice_cut(j.rest, 1), 0);
-        } while (j.rest.len > 0 && (depth > 0 || !json_at(&j, ",: \t\n\r")));
-        *value = slice_take(start, start.len - j.rest.len);
-        named = json_take(&j, ":");
-        if (named) *key = *value, json_space(&j);
-    } while (named);
+            else if (json_skip(&j, "]}", 1) > 0) depth--;
+            else j.rest = slice_cut(j.rest, 1);
+        }
+        value->len -= j.rest.len;
+        json_space(&j);
+    } while (json_at(&j, ":"));
     *rest = j.rest;
-    return true;
+    return value->len > 0;
 }
 
 /* A number in the shortest of the forms that read back: 1.50 is "1.5", 1e3 is "1000".
@@ -672,9 +669,14 @@ static void json_quote(struct buf *b, slice s) {
     buf_addc(b, '"');
 }
 
-/* A key, with a comma in front unless it is the first. */
+/* What stands in front of a key, or of a value in an array: a comma, unless it is the first. */
+static void json_comma(struct buf *b) {
+    char last = b->len > 0 ? b->p[b->off + b->len - 1] : '{';
+    if (last != '{' && last != '[') buf_addc(b, ',');
+}
+
 static void json_name(struct buf *b, const char *name) {
-    if (b->len > 0 && b->p[b->off + b->len - 1] != '{') buf_addc(b, ',');
+    json_comma(b);
     json_quote(b, slice_of(name));
     buf_addc(b, ':');
 }
@@ -4464,17 +4466,14 @@ struct client {
     uint32_t silences;      /* times --ping since it was last heard */
     uint32_t number;        /* the second half of its id */
     uint32_t mark;          /* chapter 10's: whether it is in a set of clients, and that one */
-    struct desk *desk;      /* what the back end knows of it, owned, or NULL */
-    bool grouped;           /* has been in a room */
-    bool number_room;       /* named its room by a number */
-    char id[21];
-};
-
-struct desk {
+    struct client *next_in_set;
     struct buf session;     /* as the back end set it, in PHP's words */
     bool newer;             /* but there was a login since then */
     bool taken;             /* it is served by a worker, if there is one... */
-    struct conn *worker;    /* ...by this one, or NULL */
+    struct peer *worker;    /* ...by this one, or NULL */
+    bool grouped;           /* has been in a room */
+    bool number_room;       /* named its room by a number */
+    char id[21];
 };
 
 /* What happens to a client, in the numbers of the Gateway protocol. */
@@ -4630,7 +4629,7 @@ static void past_begin(struct buf *b, const struct room *r) {
 }
 
 static void past_add(struct buf *b, slice line) {
-    if (b->p[b->off + b->len - 1] != '[') buf_addc(b, ',');
+    json_comma(b);
     buf_add(b, line);
 }
 
@@ -4846,7 +4845,7 @@ static bool chat_login(struct client *cl) {
     html_escape(&chat.html, buf_slice(&chat.name), false);
     client_name(cl, buf_slice(&chat.html));
     cl->number_room = chat.f[ROOM_ID].raw.p != NULL && *chat.f[ROOM_ID].raw.p != '"';
-    if (cl->desk != NULL) cl->desk->newer = true;
+    cl->newer = true;
     chat_enter(cl, r, newest);
     if (chat.token.len > 0) chat_subscribe(cl);
     return true;
@@ -4857,7 +4856,7 @@ static bool chat_logout(struct client *cl) {
     if (cl->seat == NULL) return chat_error(cl, "not_logged_in", "logout needs a login first");
     if (cl->phone != NULL && forget.p != NULL && *forget.p == 't') push_forget(cl->phone), devices_store();
     chat_leave(cl);
-    if (cl->desk != NULL) buf_free(&cl->desk->session);
+    buf_free(&cl->session);
     chat.json.len--;   /* what the others got, with the ref, is the answer */
     ws_text(cl->c, chat_end_ref());
     return true;
@@ -5060,8 +5059,7 @@ static void chat_closed(struct conn *c) {
     while (c->joined != NULL) room_leave(c->joined);
     table_remove(&chat.clients, client_key(cl));
     ws_end(c);
-    if (cl->desk != NULL) buf_free(&cl->desk->session);
-    free(cl->desk);
+    buf_free(&cl->session);
     free(cl->uid);
     free(cl->name);
     free(cl);
@@ -5144,6 +5142,17 @@ static void chat_init(const uint8_t gateway[6], bool (*event)(struct client *cl,
  * Called by: 11 HTTP API, 13 Main. Promises: what is malformed hurts nobody but its sender.
  */
 
+/* The commands, with their names there; those to a worker are chapter 9's. */
+enum {
+    SEND_TO_ONE = 5, SEND_TO_ALL, KICK, DESTROY, UPDATE_SESSION, GET_ALL_CLIENT_SESSIONS, IS_ONLINE, BIND_UID,
+    UNBIND_UID, SEND_TO_UID, GET_CLIENT_ID_BY_UID, BATCH_GET_CLIENT_ID_BY_UID, JOIN_GROUP = 20, LEAVE_GROUP,
+    SEND_TO_GROUP, GET_CLIENT_SESSIONS_BY_GROUP, GET_CLIENT_COUNT_BY_GROUP, SELECT, GET_GROUP_ID_LIST, UNGROUP,
+    BATCH_GET_CLIENT_COUNT_BY_GROUP, WORKER_CONNECT = 200, WORKER_PING, GATEWAY_CLIENT_CONNECT,
+    GET_SESSION_BY_CLIENT_ID, SET_SESSION
+};
+
+enum { PLAIN_TEXT = 1, AS_IT_IS = 2 };   /* flags: the body is no PHP value; it has its WebSocket frame already */
+
 enum {
     PACKET_HEAD = 28, PACKET_MAX = 10 << 20,
     PHP_DEPTH = 32,           /* arrays inside each other */
@@ -5158,14 +5167,22 @@ enum {
     ANSWER_MAX = 64 << 20     /* bytes of a reply */
 };
 
-/* ---- PHP values. ---- */
+/* ---- Reading PHP values. A slice of them is read from its front, piece by piece. ---- */
 
 struct php {
-    char type;       /* one of N b i d s a O */
+    char type;       /* one of N b i d s a O, or '}' where an array or object ends */
     slice text;      /* the bytes of a string, the digits of a number, the class of an object */
     int64_t pairs;   /* of an array or object: their number; they follow */
 };
 
+struct php_walk {    /* through a value, and all that is in it */
+    slice rest;
+    int depth;
+    int64_t left[PHP_DEPTH + 1];   /* keys and values still to come, at each depth */
+    bool key;                      /* what was read last is a key */
+};
+
+/* An integer of PHP has at most 19 digits. */
 static bool php_digits(slice s) {
     if (slice_starts(s, S("-"))) s = slice_cut(s, 1);
     size_t n = 0;
@@ -5173,54 +5190,66 @@ static bool php_digits(slice s) {
     return n > 0 && n <= 19 && n == s.len;
 }
 
-/* Takes a scalar, or the beginning of an array up to its '{', off the front. */
+/* Takes this character off the front, if it is there. */
+static bool php_skip(slice *s, char c) {
+    bool ok = s->len > 0 && *s->p == c;
+    if (ok) *s = slice_cut(*s, 1);
+    return ok;
+}
+
+/* Takes a scalar, or the beginning of an array up to its '{', off the front. False: that is not
+ * what comes. Lengths are checked against what there is; so an array cannot claim more pairs
+ * than there are bytes. */
 static bool php_read(slice *s, struct php *v) {
     if (s->len < 2 || s->p[1] != (*s->p == 'N' ? ';' : ':')) return false;
     *v = (struct php){*s->p, S(""), 0};
     *s = slice_cut(*s, 2);
     if (v->type == 'N') return true;
+    if (strchr("bidsaO", v->type) == NULL || v->type == '\0') return false;
     if (strchr("bid", v->type) != NULL) {
         if (memchr(s->p, ';', s->len) == NULL) return false;
         v->text = slice_split(s, ';');
-        bool bit = v->text.len == 1 && (*v->text.p == '0' || *v->text.p == '1');
-        return v->type == 'b' ? bit : v->type == 'i' ? php_digits(v->text) : v->text.len > 0 && v->text.len < 32;
+        if (v->type == 'b') return slice_eq(v->text, S("0")) || slice_eq(v->text, S("1"));
+        return v->type == 'i' ? php_digits(v->text) : v->text.len > 0 && v->text.len < 32;
     }
-    if (v->type == 's' || v->type == 'O') {
-        int64_t len = slice_number(slice_split(s, ':'), 10);
-        if (len < 0 || len + 3 > (int64_t)s->len || s->p[0] != '"' || s->p[len + 1] != '"') return false;
-        v->text = slice_take(slice_cut(*s, 1), (size_t)len);
-        char behind = s->p[len + 2];
-        *s = slice_cut(*s, (size_t)len + 3);
-        if (v->type == 's' || behind != ':') return v->type == 's' && behind == ';';
-    } else if (v->type != 'a') {
-        return false;
+    int64_t n = slice_number(slice_split(s, ':'), 10);
+    if (v->type != 'a') {
+        if (!php_skip(s, '"') || n < 0 || n > (int64_t)s->len) return false;
+        v->text = slice_take(*s, (size_t)n);
+        *s = slice_cut(*s, (size_t)n);
+        if (!php_skip(s, '"') || !php_skip(s, v->type == 's' ? ';' : ':')) return false;
+        if (v->type == 's') return true;
+        n = slice_number(slice_split(s, ':'), 10);
     }
-    v->pairs = slice_number(slice_split(s, ':'), 10);
-    bool ok = v->pairs >= 0 && v->pairs <= (int64_t)s->len && *s->p == '{';
-    if (ok) *s = slice_cut(*s, 1);
-    return ok;
+    v->pairs = n;
+    return n >= 0 && n <= (int64_t)s->len && php_skip(s, '{');
+}
+
+/* The next piece on a walk, which begins as {.rest = ..., .left = {1}}. False at its end, or
+ * where something is wrong: then depth and left[0] are not both 0. */
+static bool php_next(struct php_walk *w, struct php *v) {
+    int64_t *left = &w->left[w->depth];
+    w->key = w->depth > 0 && *left > 0 && *left % 2 == 0;
+    if (*left == 0) {
+        *v = (struct php){'}', S(""), 0};
+        return w->depth > 0 && php_skip(&w->rest, '}') && w->depth-- > 0;
+    }
+    if (!php_read(&w->rest, v) || (w->key && v->type != 'i' && v->type != 's')) return false;
+    --*left;
+    if (v->type != 'a' && v->type != 'O') return true;
+    if (w->depth == PHP_DEPTH) return false;
+    w->left[++w->depth] = 2 * v->pairs;
+    return true;
 }
 
 /* Takes a whole value off the front. False: there is none, or one with objects that are not wanted. */
 static bool php_take(slice *s, bool objects) {
-    int64_t left[PHP_DEPTH + 1] = {1};   /* keys and values still to come, at each depth */
-    int depth = 0;
+    struct php_walk w = {.rest = *s, .left = {1}};
     struct php v;
-    while (depth > 0 || left[0] > 0) {
-        if (left[depth] == 0) {
-            if (!slice_starts(*s, S("}"))) return false;
-            *s = slice_cut(*s, 1);
-            depth--;
-            continue;
-        }
-        bool key = depth > 0 && left[depth] % 2 == 0;
-        left[depth]--;
-        if (!php_read(s, &v) || (key && v.type != 'i' && v.type != 's') || (v.type == 'O' && !objects)) return false;
-        if (v.type != 'a' && v.type != 'O') continue;
-        if (depth == PHP_DEPTH) return false;
-        left[++depth] = 2 * v.pairs;
-    }
-    return true;
+    while (php_next(&w, &v))
+        if (v.type == 'O' && !objects) return false;
+    *s = w.rest;
+    return w.depth == 0 && w.left[0] == 0;
 }
 
 static bool php_valid(slice s, bool objects) { return php_take(&s, objects) && s.len == 0; }
@@ -5234,12 +5263,12 @@ static slice php_inside(slice array) {
 
 /* Takes a pair off what php_inside() returned: key and value as they are written. False: there is none. */
 static bool php_each(slice *rest, slice *key, slice *value) {
-    slice all = *rest;
+    *key = *rest;
     if (!php_take(rest, true)) return false;
-    *key = slice_take(all, all.len - rest->len);
+    key->len -= rest->len;
     *value = *rest;
     bool ok = php_take(rest, true);
-    *value = slice_take(*value, value->len - rest->len);
+    value->len -= rest->len;
     return ok;
 }
 
@@ -5253,20 +5282,6 @@ static slice php_find(slice pairs, slice key, slice *next) {
     return S("");
 }
 
-static void php_string(struct buf *b, slice s) {
-    buf_printf(b, "s:%zu:\"", s.len);
-    buf_add(b, s);
-    buf_add(b, S("\";"));
-}
-
-/* A key that looks like an integer is one. */
-static void php_key(struct buf *b, slice s) {
-    char again[24] = "";
-    if (php_digits(s)) memcpy(again, s.p, s.len), snprintf(again, sizeof again, "%lld", strtoll(again, NULL, 10));
-    if (slice_eq(slice_of(again), s)) buf_printf(b, "i:%s;", again);
-    else php_string(b, s);
-}
-
 /* Is this the inside of a list, with the keys 0, 1, 2...? */
 static bool php_is_list(slice rest, int64_t pairs) {
     struct php key;
@@ -5276,91 +5291,104 @@ static bool php_is_list(slice rest, int64_t pairs) {
     return true;
 }
 
+/* ---- Writing them. An array begins with the number of its pairs, so these are gathered first. ---- */
+
+static void php_string(struct buf *b, slice s) {
+    buf_printf(b, "s:%zu:\"", s.len);
+    buf_add(b, s);
+    buf_add(b, S("\";"));
+}
+
+/* A key that looks like an integer is one: "77" and 77 are the same group. */
+static void php_key(struct buf *b, slice s) {
+    char again[24] = "";
+    if (php_digits(s)) memcpy(again, s.p, s.len), snprintf(again, sizeof again, "%lld", strtoll(again, NULL, 10));
+    if (slice_eq(slice_of(again), s)) buf_printf(b, "i:%s;", again);
+    else php_string(b, s);
+}
+
+static void php_pair(struct buf *b, const char *name, slice value) {
+    php_string(b, slice_of(name));
+    php_string(b, value);
+}
+
+/* Appends an array of so many pairs, and frees those. */
+static void php_array(struct buf *b, size_t n, struct buf *pairs) {
+    buf_printf(b, "a:%zu:{", n);
+    buf_add(b, buf_slice(pairs));
+    buf_addc(b, '}');
+    buf_free(pairs);
+}
+
+/* Appends a number as JSON. False for INF and the like, of which JSON has none. */
 static bool php_number_json(slice text, struct buf *b) {
     struct json j = {text, NULL};
-    if (!json_number(&j) || j.rest.len > 0) return false;   /* INF, for example */
+    if (!json_number(&j) || j.rest.len > 0) return false;
     for (size_t i = 0; i < text.len; i++) buf_addc(b, lower(text.p[i]));
     return true;
 }
 
-/* Appends a value as json_encode() writes it. False: there is no JSON for it. */
+/* Appends a value as json_encode() writes it, where a list is an array and all other arrays are
+ * objects. False: there is no JSON for it, and what was appended is of no use. */
 static bool php_json(slice s, struct buf *b) {
-    struct {
-        int64_t left;
-        char type;   /* '[': a list, '{': an array that is none, 'O': an object */
-    } in[PHP_DEPTH + 1] = {{1, '['}};
-    int depth = 0;
+    char in[PHP_DEPTH + 1] = "";   /* at each depth 'l' for a list, 'a' for another array, 'O' for an object */
+    struct php_walk w = {.rest = s, .left = {1}};
     struct php v;
     if (!php_valid(s, true) || !utf8_valid(s)) return false;
-    while (depth > 0 || in[0].left > 0) {
-        if (in[depth].left == 0) {
-            buf_addc(b, in[depth--].type == '[' ? ']' : '}');
-            s = slice_cut(s, 1);
+    while (php_next(&w, &v)) {
+        if (w.key && in[w.depth] == 'O' && slice_starts(v.text, S("\0"))) {   /* not public */
+            php_take(&w.rest, true);
+            w.left[w.depth]--;
             continue;
         }
-        bool key = depth > 0 && in[depth].left-- % 2 == 0;
-        if (depth == 0) in[0].left = 0;
-        php_read(&s, &v);
-        if (key && in[depth].type == 'O' && slice_starts(v.text, S("\0"))) {   /* not public */
-            php_take(&s, true);
-            in[depth].left--;
-            continue;
-        }
-        char last = b->len > 0 ? b->p[b->off + b->len - 1] : '[';
-        if (key && last != '[' && last != '{') buf_addc(b, ',');
-        if (key && in[depth].type == '[') continue;
-        if (v.type == 's' || key) buf_addc(b, '"'), escape(b, v.text, &php_escapes), buf_addc(b, '"');
+        if (w.key) json_comma(b);
+        if (w.key && in[w.depth] == 'l') continue;
+        if (v.type == 's' || w.key) buf_addc(b, '"'), escape(b, v.text, &php_escapes), buf_addc(b, '"');
         else if (v.type == 'N') buf_add(b, S("null"));
         else if (v.type == 'b') buf_add(b, *v.text.p == '1' ? S("true") : S("false"));
+        else if (v.type == '}') buf_addc(b, in[w.depth + 1] == 'l' ? ']' : '}');
         else if (v.type == 'i' || v.type == 'd') {
             if (!php_number_json(v.text, b)) return false;
         } else {
-            in[++depth].left = 2 * v.pairs;
-            in[depth].type = v.type == 'O' ? 'O' : php_is_list(s, v.pairs) ? '[' : '{';
-            buf_addc(b, in[depth].type == '[' ? '[' : '{');
+            in[w.depth] = v.type == 'a' && php_is_list(w.rest, v.pairs) ? 'l' : v.type;
+            buf_addc(b, in[w.depth] == 'l' ? '[' : '{');
             if (v.type == 'O') json_add(b, "__PHP_Incomplete_Class_Name", v.text);
         }
-        if (key) buf_addc(b, ':');
+        if (w.key) buf_addc(b, ':');
     }
     return true;
 }
 
-/* Opens an array that will have the pairs of both. */
-static void php_open(struct buf *b, slice old, slice add) {
-    slice key, value, next = old;
-    size_t n = 0;
-    for (slice rest = old; php_each(&rest, &key, &value);) n++;
-    for (slice rest = add; php_each(&rest, &key, &value);) n += php_find(old, key, &next).len == 0;
-    buf_printf(b, "a:%zu:{", n);
-}
-
-/* Appends what array_replace_recursive() makes of two arrays: what has the same key in both
- * is replaced, or, if both are arrays, merged in the same way. */
+/* Appends what array_replace_recursive() makes of two arrays that were checked: what has the
+ * same key in both is replaced, or, if both are arrays, merged in the same way. */
 static void php_merge(slice old, slice add, struct buf *b) {
     struct merge {
         slice old, add, old_left, add_left;   /* pairs of both; those still to be written */
         slice old_next, add_next;             /* php_find()'s */
-    } in[PHP_DEPTH + 1], *at = in;   /* the first is not used */
+        struct buf pairs;                     /* those written, */
+        size_t n;                             /* and their number */
+    } in[PHP_DEPTH + 2], *at = in;   /* the first is not used: the result goes there */
     slice key, value;
+    in->pairs = (struct buf){0};
     old = php_inside(old), add = php_inside(add);
     do {
-        if (old.p != NULL) {   /* into another pair of arrays */
-            php_open(b, old, add);
-            *++at = (struct merge){old, add, old, add, old, add};
-            old.p = NULL;
-        }
+        if (old.p != NULL) *++at = (struct merge){old, add, old, add, old, add, {0}, 0};
+        old.p = NULL;
         bool first = php_each(&at->old_left, &key, &value);
         if (!first && !php_each(&at->add_left, &key, &value)) {
-            buf_addc(b, '}');
+            php_array(&at[-1].pairs, at->n, &at->pairs);
             at--;
             continue;
         }
         slice other = first ? php_find(at->add, key, &at->add_next) : php_find(at->old, key, &at->old_next);
         if (!first && other.len > 0) continue;   /* it was written */
-        buf_add(b, key);
+        buf_add(&at->pairs, key);
+        at->n++;
         if (*value.p == 'a' && other.len > 0 && *other.p == 'a') old = php_inside(value), add = php_inside(other);
-        else buf_add(b, other.len > 0 ? other : value);
+        else buf_add(&at->pairs, other.len > 0 ? other : value);
     } while (at > in);
+    buf_add(b, buf_slice(&in->pairs));
+    buf_free(&in->pairs);
 }
 
 /* ---- Secrets. ---- */
@@ -5368,7 +5396,8 @@ static void php_merge(slice old, slice add, struct buf *b) {
 static struct {
     struct buf key;            /* the secret */
     struct peer *peers;        /* all, the oldest first */
-    uint32_t n_peers, mark;
+    uint32_t n_peers;
+    uint32_t mark;             /* of the newest set of clients */
     struct conn *joined;       /* our connection to another register, or NULL */
     struct dial join;
     char host[256], register_port[8];   /* of that */
@@ -5376,22 +5405,26 @@ static struct {
     char address_text[24];     /* ...and as the register does */
     uint16_t port;             /* of the chat */
     int64_t join_ms;           /* not before then: connect to it; or say that we live */
-    struct buf text, reply;    /* what is sent, and answered */
-    struct buf ext;            /* decoded JSON */
+    struct buf text;           /* what is sent; a session */
+    struct buf name;           /* a value of JSON, decoded */
+    struct buf json;           /* ext_data of the packet at hand... */
+    slice ext[9];              /* ...and what is inside of its arrays and objects: enum ext */
 } backend;
 
-/* Reads a secret: what is in a file, but for its line end. False, after a line in the log: it stays as it was. */
+/* Reads a secret into `key`: what is in a file, but for its line end. Without a file there is
+ * nothing to do. False, after a line in the log: it stays as it was. */
 static bool key_load(const char *option, const char *name, struct buf *key) {
     char text[KEY_MAX + 2];
-    int fd = name != NULL ? open(name, O_RDONLY | O_CLOEXEC) : -1;
+    if (name == NULL) return true;
+    int fd = open(name, O_RDONLY | O_CLOEXEC);
     ssize_t n = fd >= 0 ? read(fd, text, sizeof text) : -1;
-    const char *why = name != NULL && n < 0 ? strerror(errno) : NULL;
+    const char *why = n < 0 ? strerror(errno) : NULL;
     if (fd >= 0) close(fd);
     while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
-    if (why == NULL && name != NULL && (n == 0 || n > KEY_MAX)) why = n == 0 ? "it is empty" : "it is too long";
+    if (why == NULL && (n == 0 || n > KEY_MAX)) why = n == 0 ? "it is empty" : "it is too long";
     if (why != NULL) log_warn("%s %s: %s", option, name, why);
-    if (name != NULL && why == NULL) {
-        OPENSSL_cleanse(buf_slice(key).len > 0 ? key->p : text + n, key->len);
+    else {
+        if (key->len > 0) OPENSSL_cleanse(key->p, key->len);
         buf_clear(key);
         buf_add(key, (slice){text, (size_t)n});
     }
@@ -5399,6 +5432,7 @@ static bool key_load(const char *option, const char *name, struct buf *key) {
     return why == NULL;
 }
 
+/* Takes as long for a wrong secret as for the right one. */
 static bool key_is(const struct buf *key, slice s) {
     return s.len == key->len && CRYPTO_memcmp(buf_slice(key).p, s.p, s.len) == 0;
 }
@@ -5410,12 +5444,13 @@ struct peer {
     struct peer *next;
     bool gateway;          /* it is connected to that */
     bool known;            /* it has shown the secret, or needs not */
-    bool worker;           /* and wants to be told of clients, or of addresses */
+    bool worker;           /* and wants to be told of clients, or, at the register, of addresses */
     uint32_t clients;      /* of this worker */
     struct buf name;       /* the key of a worker; the address of a gateway, at the register */
-    int64_t ping_ms;
+    int64_t ping_ms;       /* when it is told next that we live; 0: it needs not be told */
 };
 
+/* `accepted` of both; the listener's state is the protocol. */
 static void peer_accepted(struct conn *l, struct conn *c) {
     struct peer *peer = c->state = xcalloc(sizeof *peer), **at = &backend.peers;
     c->proto = l->state;
@@ -5428,15 +5463,11 @@ static void peer_accepted(struct conn *l, struct conn *c) {
     if (++backend.n_peers > PEERS_MAX) conn_lost(c, "too many connections of back ends");
 }
 
-/* `closed` of both, in part. */
-static void peer_gone(struct conn *c) {
-    struct peer *peer = c->state, **at = &backend.peers;
-    while (*at != peer) at = &(*at)->next;
-    *at = peer->next;
-    backend.n_peers--;
-    buf_free(&peer->name);
-    free(peer);
-    c->state = NULL;
+/* The worker behind this one, or the first; NULL: there is none. */
+static struct peer *worker_next(const struct peer *p, bool gateway) {
+    struct peer *next = p != NULL ? p->next : backend.peers;
+    while (next != NULL && (next->gateway != gateway || !next->worker || next->c->closing)) next = next->next;
+    return next;
 }
 
 /* What has come is no whole packet or line: the rest has a while to come. */
@@ -5445,82 +5476,107 @@ static ssize_t peer_wait(struct conn *c) {
     return 0;
 }
 
+/* `tick` of both: who is slow is shut out, and a worker is pinged. */
 static void peer_tick(struct conn *c) {
+    struct peer *peer = c->state;
     if (c->deadline_ms != 0 && now.ms >= c->deadline_ms) conn_close(c, "too slow");
+    if (peer->ping_ms == 0 || now.ms < peer->ping_ms) return;
+    peer->ping_ms = now.ms + PEER_PING_MS;
+    buf_be(&c->out, PACKET_HEAD, 4), buf_be(&c->out, WORKER_PING, 1);
+    buf_be(&c->out, 0, 8), buf_be(&c->out, 0, 8), buf_be(&c->out, PLAIN_TEXT, 1), buf_be(&c->out, 0, 6);
+    conn_touch(c);
 }
 
 /* ---- The register. ---- */
 
+/* Sends the list of all gateways, us first. Two of them may say that they have the same address;
+ * it is listed once, since PHP would send everything twice. */
 static void register_list(struct conn *c) {
-    struct buf *b = &backend.text;
-    buf_clear(b);
+    struct buf *b = &c->out;
+    if (b->len > WORKER_BACKLOG) conn_lost(c, "a worker that does not read");
     buf_add(b, S("{\"event\":\"broadcast_addresses\",\"addresses\":["));
     if (opt.gateway != NULL) json_quote(b, slice_of(backend.address_text));
     for (const struct peer *p = backend.peers; p != NULL; p = p->next) {
         const struct peer *same = backend.peers;
-        slice name = buf_slice(&p->name);   /* two may say the same */
+        slice name = buf_slice(&p->name);
         while (same != p && (same->gateway || !slice_eq(buf_slice(&same->name), name))) same = same->next;
-        if (p->gateway || p->name.len == 0 || same != p) continue;
-        if (b->p[b->off + b->len - 1] != '[') buf_addc(b, ',');
-        json_quote(b, buf_slice(&p->name));
+        if (p->gateway || name.len == 0 || same != p) continue;
+        json_comma(b);
+        json_quote(b, name);
     }
     buf_add(b, S("]}\n"));
-    buf_add(&c->out, buf_slice(b));
     conn_touch(c);
 }
 
 static void register_broadcast(void) {
-    for (struct peer *p = backend.peers; p != NULL; p = p->next)
-        if (!p->gateway && p->worker) register_list(p->c);
+    for (struct peer *p = NULL; (p = worker_next(p, false)) != NULL;) register_list(p->c);
 }
 
-/* A whole line. */
-static int register_line(struct conn *c, slice line) {
+/* The address of a peer, without its port. */
+static slice peer_ip(const struct addr *a) {
+    const char *text = addr_text(a), *colon = strrchr(text, ':');
+    return (slice){text, colon != NULL ? (size_t)(colon - text) : 0};
+}
+
+/* A whole line. NULL, or why the connection ends. A ping needs no secret, and any line stops the
+ * clock that runs against strangers: so it always was. */
+static const char *register_line(struct conn *c, slice line) {
     struct peer *peer = c->state;
     struct json_field f[] = {{.name = "event"}, {.name = "address"}, {.name = "secret_key"}};
-    size_t where;
-    bool ok = json_pick(line, f, 3, &where) == NULL && json_get(f[0].raw, &backend.ext).len > 0;
-    if (!ok) {
-        const char *ip = addr_text(&c->peer);
+    size_t at;
+    if (json_pick(line, f, 3, &at) != NULL || json_get(f[0].raw, &backend.name).len == 0) {
         buf_printf(&c->out, "Bad request for Register service. Request info(IP:%.*s, Request Buffer:%.*s). "
-                   "See http://doc2.workerman.net/register-auth-timeout.html\n",
-                   (int)(strrchr(ip, ':') != NULL ? strrchr(ip, ':') - ip : 4), ip, F(line));
-        return conn_close(c, "no request to a register"), -1;
+                   "See http://doc2.workerman.net/register-auth-timeout.html\n", F(peer_ip(&c->peer)), F(line));
+        return "no request to a register";
     }
-    c->deadline_ms = 0;
-    if (json_is(f[0].raw, "ping")) return 0;
     bool gateway = json_is(f[0].raw, "gateway_connect"), worker = json_is(f[0].raw, "worker_connect");
-    if ((!gateway && !worker) || !key_is(&backend.key, json_get(f[2].raw, &backend.ext)))
-        return conn_close(c, gateway || worker ? "wrong secret key" : "unknown event"), -1;
+    c->deadline_ms = 0;
+    if (json_is(f[0].raw, "ping")) return NULL;
+    if (!gateway && !worker) return "unknown event";
+    if (!key_is(&backend.key, json_get(f[2].raw, &backend.name))) return "wrong secret key";
     peer->known = true;
     peer->worker |= worker;
-    if (worker) return register_list(c), 0;
-    if (json_get(f[1].raw, &peer->name).len == 0) return conn_close(c, "no address"), -1;
+    if (worker) return register_list(c), NULL;
+    if (json_get(f[1].raw, &peer->name).len == 0) return "no address";
     register_broadcast();
-    return 0;
+    return NULL;
 }
 
+/* `feed` of the register. */
 static ssize_t register_feed(struct conn *c, char *p, size_t n) {
-    char *end = memchr(p, '\n', n);
-    if (end == NULL) return n > STRANGER_BYTES ? conn_close(c, "too long a line"), -1 : peer_wait(c);
-    size_t len = (size_t)(end - p);
-    if (register_line(c, (slice){p, len > 0 && end[-1] == '\r' ? len - 1 : len}) < 0) return -1;
-    return (ssize_t)len + 1;
+    slice rest = {p, n}, line = slice_split(&rest, '\n');
+    if (line.len == n) return n > STRANGER_BYTES ? conn_close(c, "too long a line"), -1 : peer_wait(c);
+    if (line.len > 0 && line.p[line.len - 1] == '\r') line.len--;
+    const char *why = register_line(c, line);
+    return why != NULL ? conn_close(c, why), -1 : (ssize_t)(n - rest.len);
 }
 
-static void register_closed(struct conn *c) {
-    const struct peer *peer = c->state;
-    bool listed = peer->name.len > 0;
-    peer_gone(c);
+/* `closed` of both. A worker's clients get another one when there is something to tell. */
+static void backend_closed(struct conn *c) {
+    struct peer *peer = c->state, **at = &backend.peers;
+    bool listed = !peer->gateway && peer->name.len > 0;
+    void **all = peer->clients > 0 ? clients_all() : NULL;
+    for (size_t i = 0; all != NULL && all[i] != NULL; i++) {
+        struct client *cl = all[i];
+        if (cl->worker == peer) cl->worker = NULL;
+    }
+    free(all);
+    while (*at != peer) at = &(*at)->next;
+    *at = peer->next;
+    backend.n_peers--;
+    buf_free(&peer->name);
+    free(peer);
+    c->state = NULL;
     if (listed) register_broadcast();
 }
 
 static const struct proto register_proto = {
-    .name = "register", .feed = register_feed, .tick = peer_tick, .closed = register_closed,
+    .name = "register", .feed = register_feed, .tick = peer_tick, .closed = backend_closed,
 };
 
 /* ---- Another register that we tell our address. ---- */
 
+/* It has nothing to say that we would want to know. */
 static ssize_t join_feed(struct conn *c, char *p, size_t n) { return (void)c, (void)p, (ssize_t)n; }
 
 static void join_closed(struct conn *c) {
@@ -5532,6 +5588,7 @@ static void join_closed(struct conn *c) {
 
 static const struct proto join_proto = {.name = "join", .feed = join_feed, .closed = join_closed};
 
+/* `done` of the dial: it is connected, or `c` is NULL. */
 static void join_opened(struct conn *c, const char *why) {
     backend.joined = c;
     backend.join_ms = now.ms + (c != NULL ? PEER_PING_MS : REJOIN_MS);
@@ -5554,250 +5611,269 @@ static void join_tick(void) {
     }
 }
 
-/* ---- Sessions. ---- */
+/* ---- Sessions. They go back to PHP as the bytes that came; a login changes two of their keys. ---- */
 
-/* A name that can be that of a room or a user. */
+/* A name that can be that of a room or a user. PHP takes "0" for none. */
 static bool name_ok(slice s) {
     return s.len > 0 && s.len <= ROOM_MAX_BYTES && !slice_eq(s, S("0")) && utf8_valid(s) && is_text(s, ' ', ' ');
 }
 
-static struct desk *client_desk(struct client *cl) {
-    if (cl->desk == NULL) cl->desk = xcalloc(sizeof *cl->desk);
-    return cl->desk;
-}
-
-/* Writes the session of a client: what the back end has set, and what a login since then has changed. */
+/* Writes the session of a client: what the back end has set, and what a login since then has
+ * changed. Pages expect the room as the login had it, as a number or as text. */
 static void session_get(const struct client *cl, struct buf *b) {
-    slice stored = cl->desk != NULL ? buf_slice(&cl->desk->session) : S("");
-    struct buf login = {0};
-    bool newer = cl->seat != NULL && (stored.len == 0 || cl->desk->newer);
+    slice stored = buf_slice(&cl->session);
+    struct buf login = {0}, pairs = {0};
+    bool newer = cl->seat != NULL && (stored.len == 0 || cl->newer);
     if (newer) {
-        slice room = room_name(cl->seat->room);
-        buf_add(&login, S("a:2:{s:7:\"room_id\";"));
-        if (cl->number_room) php_key(&login, room);
-        else php_string(&login, room);
-        buf_add(&login, S("s:11:\"client_name\";"));
-        php_string(&login, slice_of(cl->name));
-        buf_addc(&login, '}');
+        php_string(&pairs, S("room_id"));
+        (cl->number_room ? php_key : php_string)(&pairs, room_name(cl->seat->room));
+        php_pair(&pairs, "client_name", slice_of(cl->name));
+        php_array(&login, 2, &pairs);
     }
     if (newer && slice_starts(stored, S("a:"))) php_merge(stored, buf_slice(&login), b);
     else buf_add(b, newer ? buf_slice(&login) : stored);
     buf_free(&login);
 }
 
-/* The text of a value in a session, if it is text or a number. */
-static slice session_text(slice pairs, const char *name, bool *number) {
+/* The session is this from now on. It must not be a slice of the old one. */
+static void session_keep(struct client *cl, slice session) {
+    buf_free(&cl->session);
+    buf_add(&cl->session, session);
+    cl->newer = false;
+}
+
+/* The text of a value in a session, if it is text or a number (that is 'i' in *type then). */
+static slice session_text(slice pairs, const char *name, char *type) {
     struct buf key = {0};
     struct php v = {'N', S(""), 0};
     php_string(&key, slice_of(name));
     slice value = php_find(pairs, buf_slice(&key), &pairs);
     buf_free(&key);
-    if (!php_read(&value, &v)) v.type = 'N';
-    *number = v.type == 'i';
-    return v.type == 'i' || v.type == 's' ? v.text : S("");
+    *type = php_read(&value, &v) ? v.type : 'N';
+    return *type == 'i' || *type == 's' ? v.text : S("");
 }
 
-/* Replaces the session, and has the chat go by it: room and name are what it says. */
+/* Replaces the session, and has the chat go by it: room and name are what it says. The client is
+ * not taken out of the room it was in, since that is a group for PHP, and nobody said so. */
 static void session_set(struct client *cl, slice session) {
-    struct desk *desk = client_desk(cl);
-    bool number = false, unused;
-    slice pairs = php_inside(session), room = session_text(pairs, "room_id", &number);
+    char type, unused;
+    slice pairs = php_inside(session), room = session_text(pairs, "room_id", &type);
     slice name = session_text(pairs, "client_name", &unused);
     bool name_good = name.len <= 6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
     struct room *r = name_ok(room) && name_good ? room_open(S("rooms/"), room) : NULL;
-    if (r != NULL && r->past->unknown) r = NULL;
-    cl->seat = r != NULL ? client_join(cl, r, KEPT_ROOMS) : NULL;
-    cl->number_room = number;
+    cl->seat = r != NULL && !r->past->unknown ? client_join(cl, r, KEPT_ROOMS) : NULL;
+    cl->number_room = type == 'i';
     if (cl->seat != NULL) client_name(cl, name);
-    struct buf copy = {0};
-    buf_add(&copy, session);
-    buf_free(&desk->session);
-    desk->session = copy;
-    desk->newer = false;
+    session_keep(cl, session);
 }
 
-/* Sets a session, or merges one into it, if it can be one. */
+/* UPDATE_SESSION and SET_SESSION: merges one into it, or replaces it, if it can be one. A text
+ * without any ':' is kept as well: PHP programs put such things there, and get them back. An
+ * object would be made by unserialize() in whoever asks for the session: only those who have
+ * shown a secret may store one. */
 static void session_order(struct client *cl, slice session, bool update) {
-    bool objects = backend.key.len > 0, plain = memchr(session.p, ':', session.len) == NULL;
-    if (session.len > SESSION_MAX || !(php_valid(session, objects) || (plain && !update))) {
+    bool objects = backend.key.len > 0, plain = !update && memchr(session.p, ':', session.len) == NULL;
+    struct buf *old = &backend.text, merged = {0};
+    if (session.len > SESSION_MAX || !(php_valid(session, objects) || plain)) {
         log_warn("gateway: a session is refused: it is too long, no PHP value, or has objects in it");
         return;
     }
-    struct buf *old = &backend.text, *merged = &backend.reply;
-    buf_clear(old), buf_clear(merged);
+    buf_clear(old);
     if (update) session_get(cl, old);
-    if (update && old->len > 0) {
-        if (*session.p != 'a' || !slice_starts(buf_slice(old), S("a:"))) return;
-        php_merge(buf_slice(old), session, merged);
-        if (merged->len > SESSION_MAX) log_warn("gateway: a session would be longer than %d bytes", SESSION_MAX);
-        session = buf_slice(merged->len > SESSION_MAX ? old : merged);
-    }
-    session_set(cl, session);
+    bool merge = old->len > 0, arrays = *session.p == 'a' && slice_starts(buf_slice(old), S("a:"));
+    if (merge && arrays) php_merge(buf_slice(old), session, &merged);
+    if (merged.len > SESSION_MAX) log_warn("gateway: a session would be longer than %d bytes", SESSION_MAX);
+    else if (!merge || arrays) session_set(cl, merge ? buf_slice(&merged) : session);
+    buf_free(&merged);
 }
 
-/* ---- Packets. ---- */
+/* ---- Sets of clients. ---- */
 
-struct packet {
-    int cmd, flag;         /* flag: 1: the body is text, 2: it goes out as it is */
-    uint32_t number;
-    slice ext, body;
+/* In order of being added. Nobody is in one twice, and in two at a time: a new set ends the older.
+ * Borrowed from the chat, so it lasts as long as nothing is closed: until its maker returns. */
+struct set {
+    struct client *first, *last;
+    size_t n;
+    uint32_t mark;   /* of who was ever added */
 };
 
-/* Takes a client of this number, unless it is going; or NULL. */
-static struct client *gateway_client(uint32_t number) {
-    char id[21];
-    client_id(number, id);
-    struct client *cl = client_find(slice_of(id));
-    return cl != NULL && !cl->c->closing ? cl : NULL;
+static struct set set_new(void) { return (struct set){.mark = ++backend.mark}; }
+
+/* Adds a client, unless that is NULL, going, or was added before. */
+static void set_add(struct set *set, struct client *cl) {
+    if (cl == NULL || cl->c->closing || cl->mark == set->mark) return;
+    cl->mark = set->mark;
+    cl->next_in_set = NULL;
+    *(set->n++ > 0 ? &set->last->next_in_set : &set->first) = cl;
+    set->last = cl;
 }
 
-/* Sets of clients are arrays of pointers in a buffer; nobody is in one twice. */
-static void set_begin(void) { backend.mark++; }
-
-static void set_add(struct buf *set, struct client *cl) {
-    if (cl == NULL || cl->c->closing || cl->mark == backend.mark) return;
-    cl->mark = backend.mark;
-    buf_add(set, (slice){(const char *)&cl, sizeof cl});
-}
-
-static void set_add_room(struct buf *set, const struct room *r) {
+/* Adds who is in a room or inbox of this name. */
+static void set_add_room(struct set *set, slice space, slice name) {
+    const struct room *r = room_find(space, name);
     for (struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) set_add(set, m->c->state);
 }
 
-static void set_add_all(struct buf *set) {
+static void set_add_all(struct set *set) {
     void **all = clients_all();
     for (size_t i = 0; all[i] != NULL; i++) set_add(set, all[i]);
     free(all);
 }
 
-static struct client *set_get(const struct buf *set, size_t i) {
-    struct client *cl = NULL;
-    if (i < set->len / sizeof cl) memcpy(&cl, set->p + set->off + i * sizeof cl, sizeof cl);
-    return cl;
-}
-
-/* How many clients are in a room. */
+/* How many clients are in a room, or NULL. */
 static size_t room_clients(const struct room *r) {
     size_t n = 0;
     for (const struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) n += !m->c->closing;
     return n;
 }
 
-/* The values of a JSON array or object, one after the other, as text. Checked JSON is in `rest`. */
+/* The client of this number, unless it is going; or NULL. */
+static struct client *gateway_client(int64_t number) {
+    char id[21];
+    if (number < 0 || number > UINT32_MAX) return NULL;
+    client_id((uint32_t)number, id);
+    struct client *cl = client_find(slice_of(id));
+    return cl != NULL && !cl->c->closing ? cl : NULL;
+}
+
+/* ---- Packets. ---- */
+
+struct packet {
+    int cmd, flag;
+    uint32_t number;   /* of a client */
+    slice ext, body;
+};
+
+/* Fields of ext_data; LIST is all of it. ext_read() has their names. */
+enum ext { LIST, CONNECTIONS, EXCLUDE, GROUP, FIELDS_WANTED, WHERE, GROUPS, UIDS, NUMBERS };
+
+/* Reads ext_data that is JSON into backend.ext: what is inside of its arrays and objects; empty
+ * for what is missing. Those behind WHERE are fields of that. False: it is no object. */
+static bool ext_read(slice ext) {
+    struct json_field f[] = {
+        {.name = "list"}, {.name = "connections"}, {.name = "exclude"}, {.name = "group"}, {.name = "fields"},
+        {.name = "where"}, {.name = "groups"}, {.name = "uid"}, {.name = "connection_id"},
+    };
+    size_t at;
+    buf_clear(&backend.json);
+    buf_add(&backend.json, S("{\"list\":"));   /* it may be an array, which json_pick() does not take */
+    buf_add(&backend.json, ext);
+    buf_addc(&backend.json, '}');
+    bool ok = json_pick(buf_slice(&backend.json), f, 1, &at) == NULL && f->raw.p != NULL;
+    bool object = ok && *f->raw.p == '{';
+    if (object) json_pick(f->raw, f + 1, 5, &at);
+    if (object && f[WHERE].raw.p != NULL) json_pick(f[WHERE].raw, f + 6, 3, &at);
+    for (int i = LIST; i <= NUMBERS; i++) {
+        bool list = ok && f[i].raw.p != NULL && (*f[i].raw.p == '[' || *f[i].raw.p == '{');
+        backend.ext[i] = list ? json_inside(f[i].raw) : S("");
+    }
+    return object;
+}
+
+/* Takes the next value off such a list, as text that lasts until the next is asked for: uids and
+ * groups may be numbers there. */
 static bool ext_each(slice *rest, slice *text) {
-    slice key, value;
-    if (!json_each(rest, &key, &value)) return false;
-    *text = json_get(value, &backend.ext);
+    slice value;
+    if (!json_each(rest, &value)) return false;
+    *text = json_get(value, &backend.name);
     return true;
 }
 
-/* Finds fields of ext_data that is an object; those that are missing, or not arrays or objects, are empty inside. */
-static void ext_fields(slice ext, struct json_field *f, size_t n) {
-    size_t where;
-    bool ok = json_pick(ext, f, n, &where) == NULL;
-    for (size_t i = 0; i < n; i++) {
-        bool list = ok && f[i].raw.p != NULL && (*f[i].raw.p == '[' || *f[i].raw.p == '{');
-        f[i].raw = list ? json_inside(f[i].raw) : S("");
-    }
+/* Adds the clients whose numbers these are. */
+static void set_add_numbers(struct set *set, slice rest) {
+    for (slice text; ext_each(&rest, &text);) set_add(set, gateway_client(slice_number(text, 10)));
 }
 
-/* What is inside of ext_data that is a JSON array. It is kept in `b`. */
-static slice ext_list(slice ext, struct buf *b) {
-    struct json_field f = {.name = "list"};
-    buf_clear(b);
-    buf_add(b, S("{\"list\":"));
-    buf_add(b, ext);
-    buf_addc(b, '}');
-    ext_fields(buf_slice(b), &f, 1);
-    return f.raw;
-}
-
-/* The message of a packet. False, after a line in the log: there is none that can be sent. */
+/* The message of a packet, as clients get it: what is no text in PHP becomes JSON. False, after a
+ * line in the log: there is none that can be sent. */
 static bool packet_message(const struct packet *p, slice *message) {
+    bool plain = (p->flag & PLAIN_TEXT) != 0;
     buf_clear(&backend.text);
-    bool ok = (p->flag & 1) != 0 || (p->body.len <= opt.backlog && php_json(p->body, &backend.text));
-    *message = (p->flag & 1) != 0 ? p->body : buf_slice(&backend.text);
+    bool ok = plain || (p->body.len <= opt.backlog && php_json(p->body, &backend.text));
+    *message = plain ? p->body : buf_slice(&backend.text);
     if (ok && message->len <= opt.backlog) return true;
     log_warn("gateway: a message is dropped: it is longer than --backlog, or cannot be JSON");
     return false;
 }
 
-/* Says the message in a room, to all but those who are marked. */
-static void gateway_say(const struct packet *p, struct room *r, slice message, bool exclude) {
-    if (r != NULL && !exclude && (p->flag & 2) == 0) room_publish_next(r, message);
-    else for (struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) {
-        struct client *cl = m->c->state;
-        if (!exclude || cl->mark != backend.mark) client_tell(cl, message, (p->flag & 2) != 0);
-    }
-}
-
-/* Adds the clients whose numbers these are. */
-static void set_add_numbers(struct buf *set, slice rest) {
-    for (slice text; ext_each(&rest, &text);) {
-        int64_t number = slice_number(text, 10);
-        if (number >= 0 && number <= UINT32_MAX) set_add(set, gateway_client((uint32_t)number));
-    }
-}
-
-/* SEND_TO_ALL, SEND_TO_UID, SEND_TO_GROUP. */
+/* SEND_TO_ALL, SEND_TO_UID, SEND_TO_GROUP. Who is in two of the groups hears it twice: that is
+ * what the library's users are used to. */
 static void gateway_send(const struct packet *p) {
-    struct json_field f[] = {{.name = "connections"}, {.name = "exclude"}, {.name = "group"}};
-    struct buf set = {0}, copy = {0};
-    slice message, name, rest = S("");
+    struct set set = set_new();
+    slice message, name, rest;
+    bool raw = (p->flag & AS_IT_IS) != 0, all = p->cmd == SEND_TO_ALL;
     if (!packet_message(p, &message)) return;
-    if (p->cmd == 14) rest = ext_list(p->ext, &copy);
-    else ext_fields(p->ext, f, 3), rest = f[2].raw;
-    set_begin();
-    if (p->cmd != 14) set_add_numbers(&set, p->cmd == 6 && f[0].raw.len > 0 ? f[0].raw : f[1].raw);
-    bool some = set.len > 0;
-    if (p->cmd != 6)
-        while (ext_each(&rest, &name))
-            gateway_say(p, room_find(p->cmd == 14 ? S("users/") : S("rooms/"), name), message, some);
-    else {
-        if (f[0].raw.len == 0) buf_clear(&set), set_add_all(&set);   /* without those marked */
-        for (size_t i = 0; set_get(&set, i) != NULL; i++) client_tell(set_get(&set, i), message, (p->flag & 2) != 0);
+    ext_read(p->ext);
+    bool chosen = all && backend.ext[CONNECTIONS].len > 0;
+    set_add_numbers(&set, backend.ext[chosen ? CONNECTIONS : EXCLUDE]);
+    bool excluded = set.n > 0;
+    if (all && !chosen) set = (struct set){.mark = set.mark}, set_add_all(&set);   /* without those marked */
+    for (struct client *cl = all ? set.first : NULL; cl != NULL; cl = cl->next_in_set) client_tell(cl, message, raw);
+    if (all) return;
+    rest = backend.ext[p->cmd == SEND_TO_UID ? LIST : GROUP];
+    while (ext_each(&rest, &name)) {
+        struct room *r = room_find(p->cmd == SEND_TO_UID ? S("users/") : S("rooms/"), name);
+        if (r != NULL && !excluded && !raw) room_publish_next(r, message);   /* once for all of them */
+        else for (struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) {
+            struct client *cl = m->c->state;
+            if (!excluded || cl->mark != set.mark) client_tell(cl, message, raw);
+        }
     }
-    buf_free(&set);
-    buf_free(&copy);
 }
 
-/* KICK, DESTROY. */
-static void gateway_kick(const struct packet *p, struct client *cl) {
+/* Says the message of a packet to one client. */
+static void gateway_tell(const struct packet *p, struct client *cl) {
     slice message;
-    if (p->cmd == 8) conn_lost(cl->c, "destroyed by the back end");
-    bool says = p->cmd == 7 && ((p->flag & 1) != 0 || !slice_eq(p->body, S("N;")));
-    if (says && packet_message(p, &message)) client_tell(cl, message, (p->flag & 2) != 0);
-    ws_close(cl->c, WS_KICKED, "kicked by the back end");
+    if (packet_message(p, &message)) client_tell(cl, message, (p->flag & AS_IT_IS) != 0);
 }
 
-/* Takes a client out of a room, or off its user if that is its inbox. */
+/* Takes a client out of a room. If it was the one it speaks in, its session stays what it is. */
 static void gateway_leave(struct client *cl, struct member *m) {
-    if (cl->seat == m) {   /* the session stays what it is */
+    if (cl->seat == m) {
         buf_clear(&backend.text);
         session_get(cl, &backend.text);
-        buf_clear(&client_desk(cl)->session);
-        buf_add(&cl->desk->session, buf_slice(&backend.text));
+        session_keep(cl, buf_slice(&backend.text));
         cl->seat = NULL;
     }
     room_leave(m);
 }
 
-/* What is about one client, and has no answer. */
-static void gateway_order(const struct packet *p, struct client *cl) {
-    struct room *r = name_ok(p->ext) ? room_get(S("rooms/"), p->ext, p->cmd == 20) : NULL;
-    struct member *m = r != NULL ? room_member(r, cl->c) : NULL;
-    slice message;
-    if (p->cmd == 5 && packet_message(p, &message)) client_tell(cl, message, (p->flag & 2) != 0);
-    else if (p->cmd == 7 || p->cmd == 8) gateway_kick(p, cl);
-    else if (p->cmd == 9 || (p->cmd == 204 && p->ext.len > 0)) session_order(cl, p->ext, p->cmd == 9);
-    else if (p->cmd == 204) session_set(cl, S(""));
-    else if (p->cmd == 12 && name_ok(p->ext)) client_identify(cl, p->ext);
-    else if (p->cmd == 13) client_identify(cl, S(""));
-    else if (p->cmd == 20 && r != NULL && !r->past->unknown) client_join(cl, r, KEPT_ROOMS);
-    else if (p->cmd == 21 && m != NULL) gateway_leave(cl, m);
+/* Does what has no answer. `cl` is NULL if there is no such client: then nothing is done. */
+static void gateway_do(const struct packet *p, struct client *cl) {
+    slice name = name_ok(p->ext) ? p->ext : S("");
+    struct room *r = NULL;
+    if (p->cmd == UNGROUP) r = room_find(S("rooms/"), name);
+    while (r != NULL && r->first != NULL) gateway_leave(r->first->c->state, r->first);
+    if (p->cmd == SEND_TO_ALL || p->cmd == SEND_TO_UID || p->cmd == SEND_TO_GROUP) gateway_send(p);
+    if (cl == NULL) return;
+    switch (p->cmd) {
+    case SEND_TO_ONE: gateway_tell(p, cl); break;
+    case KICK:   /* closeClient() without a message has null there */
+        if ((p->flag & PLAIN_TEXT) != 0 || !slice_eq(p->body, S("N;"))) gateway_tell(p, cl);
+        ws_close(cl->c, WS_KICKED, "kicked by the back end");
+        break;
+    case DESTROY: conn_lost(cl->c, "destroyed by the back end"); break;
+    case UPDATE_SESSION: session_order(cl, p->ext, true); break;
+    case SET_SESSION:
+        if (p->ext.len > 0) session_order(cl, p->ext, false);
+        else session_set(cl, S(""));
+        break;
+    case BIND_UID:
+        if (name.len > 0) client_identify(cl, name);
+        break;
+    case UNBIND_UID: client_identify(cl, S("")); break;
+    case JOIN_GROUP:
+        if (name.len > 0) r = room_open(S("rooms/"), name);
+        if (r != NULL && !r->past->unknown) client_join(cl, r, KEPT_ROOMS);
+        break;
+    case LEAVE_GROUP: {
+        struct member *m = (r = room_find(S("rooms/"), name)) != NULL ? room_member(r, cl->c) : NULL;
+        if (m != NULL) gateway_leave(cl, m);
+    }
+    }
 }
 
-/* ---- Replies are written in backend.reply. ---- */
+/* ---- Replies. Each appends one PHP value. ---- */
 
 static void reply_session(struct buf *b, const struct client *cl) {
     struct buf session = {0};
@@ -5806,164 +5882,143 @@ static void reply_session(struct buf *b, const struct client *cl) {
     buf_free(&session);
 }
 
-/* A client's groups, as SELECT has them. */
+/* A client's groups, as SELECT has them: null for one that never was in any. */
 static void reply_groups(struct buf *b, const struct client *cl) {
+    struct buf pairs = {0};
     size_t n = 0;
-    for (const struct member *m = cl->c->joined; m != NULL; m = m->also) n += m != cl->inbox;
-    if (cl->grouped) buf_printf(b, "a:%zu:{", n);
     for (const struct member *m = cl->c->joined; m != NULL; m = m->also) {
         if (m == cl->inbox) continue;
-        php_key(b, room_name(m->room));
-        php_string(b, room_name(m->room));
+        php_key(&pairs, room_name(m->room));
+        php_string(&pairs, room_name(m->room));
+        n++;
     }
-    buf_add(b, cl->grouped ? S("}") : S("N;"));
+    if (cl->grouped) php_array(b, n, &pairs);
+    else buf_add(b, S("N;"));
 }
 
-static void reply_fields(struct buf *b, const struct client *cl, slice fields) {
+/* What SELECT wants to know of one client. */
+static void reply_fields(struct buf *b, const struct client *cl) {
+    struct buf pairs = {0};
     size_t n = 0;
-    slice name;
-    for (slice rest = fields; ext_each(&rest, &name);) n++;
-    buf_printf(b, "a:%zu:{", n);
-    for (slice rest = fields; b->len <= ANSWER_MAX && ext_each(&rest, &name);) {
-        php_key(b, name);
-        if (slice_eq(name, S("session"))) reply_session(b, cl);
-        else if (slice_eq(name, S("uid")) && cl->uid != NULL) php_string(b, slice_of(cl->uid));
-        else if (slice_eq(name, S("groups"))) reply_groups(b, cl);
-        else buf_add(b, S("N;"));
+    for (slice name, rest = backend.ext[FIELDS_WANTED]; pairs.len <= ANSWER_MAX && ext_each(&rest, &name); n++) {
+        php_key(&pairs, name);
+        if (slice_eq(name, S("session"))) reply_session(&pairs, cl);
+        else if (slice_eq(name, S("uid")) && cl->uid != NULL) php_string(&pairs, slice_of(cl->uid));
+        else if (slice_eq(name, S("groups"))) reply_groups(&pairs, cl);
+        else buf_add(&pairs, S("N;"));
     }
-    buf_addc(b, '}');
+    php_array(b, n, &pairs);
 }
 
-/* GET_ALL_CLIENT_SESSIONS, GET_CLIENT_SESSIONS_BY_GROUP, SELECT, GET_CLIENT_ID_BY_UID: of several clients. */
+/* Of several clients: their numbers, in a list; or as keys, with what was asked for. */
 static void reply_clients(struct buf *b, const struct packet *p) {
-    struct json_field f[] = {{.name = "fields"}, {.name = "where"}},
-                      w[] = {{.name = "groups"}, {.name = "uid"}, {.name = "connection_id"}};
-    struct buf set = {0};
-    struct client *cl;
+    struct set set = set_new();
+    struct buf pairs = {0};
     slice name;
-    set_begin();
-    if (p->cmd == 25) {
-        size_t where;
-        bool ok = json_pick(p->ext, f, 2, &where) == NULL;
-        ext_fields(ok && f[1].raw.p != NULL ? f[1].raw : S(""), w, 3);
-        ext_fields(p->ext, f, 2);
-        if (ok && !json_each(&f[1].raw, &name, &name)) set_add_all(&set);   /* "where":[] */
-        while (ext_each(&w[0].raw, &name)) set_add_room(&set, room_find(S("rooms/"), name));
-        while (ext_each(&w[1].raw, &name)) set_add_room(&set, room_find(S("users/"), name));
-        set_add_numbers(&set, w[2].raw);
-    } else if (p->cmd == 10) set_add_all(&set);
-    else set_add_room(&set, room_find(p->cmd == 23 ? S("rooms/") : S("users/"), p->ext));
-    buf_printf(b, "a:%zu:{", set.len / sizeof cl);
-    for (size_t i = 0; b->len <= ANSWER_MAX && (cl = set_get(&set, i)) != NULL; i++) {
-        if (p->cmd >= 15 && p->cmd <= 16) buf_printf(b, "i:%zu;", i);
-        buf_printf(b, "i:%u;", cl->number);
-        if (p->cmd == 25) reply_fields(b, cl, f[0].raw);
-        else if (p->cmd == 10 || p->cmd == 23) reply_session(b, cl);
+    size_t n = 0;
+    if (p->cmd == SELECT) {
+        slice all = S("[]"), groups, uids;
+        if (ext_read(p->ext)) all = backend.ext[WHERE];   /* none of its criteria: all clients */
+        groups = backend.ext[GROUPS], uids = backend.ext[UIDS];
+        if (!json_each(&all, &name)) set_add_all(&set);
+        while (ext_each(&groups, &name)) set_add_room(&set, S("rooms/"), name);
+        while (ext_each(&uids, &name)) set_add_room(&set, S("users/"), name);
+        set_add_numbers(&set, backend.ext[NUMBERS]);
+    } else if (p->cmd == GET_ALL_CLIENT_SESSIONS) set_add_all(&set);
+    else set_add_room(&set, p->cmd == GET_CLIENT_SESSIONS_BY_GROUP ? S("rooms/") : S("users/"), p->ext);
+    for (const struct client *cl = set.first; cl != NULL && pairs.len <= ANSWER_MAX; cl = cl->next_in_set, n++) {
+        if (p->cmd == GET_CLIENT_ID_BY_UID) buf_printf(&pairs, "i:%zu;", n);
+        buf_printf(&pairs, "i:%u;", cl->number);
+        if (p->cmd == SELECT) reply_fields(&pairs, cl);
+        else if (p->cmd != GET_CLIENT_ID_BY_UID) reply_session(&pairs, cl);
     }
-    buf_addc(b, '}');
-    buf_free(&set);
+    php_array(b, n, &pairs);
 }
 
 /* The batch forms: for each name the same answer as if asked alone. */
 static void reply_batch(struct buf *b, const struct packet *p) {
-    struct buf copy = {0}, names = {0};
-    slice all = ext_list(p->ext, &copy), name;
+    struct buf pairs = {0};
     size_t n = 0;
-    for (slice rest = all; ext_each(&rest, &name);) n++;
-    buf_printf(b, "a:%zu:{", n);
-    while (b->len <= ANSWER_MAX && ext_each(&all, &name)) {
-        php_key(b, name);
-        buf_clear(&names);
-        buf_add(&names, name);
-        if (p->cmd == 28) buf_printf(b, "i:%zu;", room_clients(room_find(S("rooms/"), name)));
-        else reply_clients(b, &(struct packet){.cmd = 16, .ext = buf_slice(&names)});
+    ext_read(p->ext);
+    for (slice name, rest = backend.ext[LIST]; pairs.len <= ANSWER_MAX && ext_each(&rest, &name); n++) {
+        php_key(&pairs, name);
+        if (p->cmd == BATCH_GET_CLIENT_COUNT_BY_GROUP)
+            buf_printf(&pairs, "i:%zu;", room_clients(room_find(S("rooms/"), name)));
+        else reply_clients(&pairs, &(struct packet){.cmd = GET_CLIENT_ID_BY_UID, .ext = name});
     }
-    buf_addc(b, '}');
-    buf_free(&copy);
-    buf_free(&names);
+    php_array(b, n, &pairs);
 }
 
+/* The rooms that have clients; the oldest first. They are groups that somebody is in. */
 static void reply_rooms(struct buf *b) {
     void **all = rooms_all();
-    struct buf list = {0};
+    struct buf pairs = {0};
     size_t n = 0;
     for (size_t i = 0; all[i] != NULL; i++) {
         const struct room *r = all[i];
         if (room_clients(r) == 0 || !slice_starts(room_key(r), S("rooms/"))) continue;
-        buf_printf(&list, "i:%zu;", n++);
-        php_key(&list, room_name(r));
+        buf_printf(&pairs, "i:%zu;", n++);
+        php_key(&pairs, room_name(r));
     }
-    buf_printf(b, "a:%zu:{%.*s}", n, F(buf_slice(&list)));
-    buf_free(&list);
+    php_array(b, n, &pairs);
     free(all);
 }
 
-/* What has an answer. False: it has none. */
+/* Answers what has an answer, also if there is no such client: the library would wait for it for
+ * ever. False: it has none. */
 static bool gateway_ask(const struct packet *p, const struct client *cl, struct buf *b) {
-    struct buf set = {0};
+    struct set set;
     switch (p->cmd) {
-    case 10: case 15: case 23: case 25: reply_clients(b, p); break;
-    case 11: buf_add(b, cl != NULL ? S("i:1;") : S("i:0;")); break;
-    case 16: case 28: reply_batch(b, p); break;
-    case 24:
-        if (p->ext.len > 0) buf_printf(b, "i:%zu;", room_clients(room_find(S("rooms/"), p->ext)));
-        if (p->ext.len > 0) break;
-        set_begin();
-        set_add_all(&set);
-        buf_printf(b, "i:%zu;", set.len / sizeof cl);
-        buf_free(&set);
-        break;
-    case 26: reply_rooms(b); break;
-    case 203:
+    case GET_ALL_CLIENT_SESSIONS: case GET_CLIENT_ID_BY_UID: case GET_CLIENT_SESSIONS_BY_GROUP: case SELECT:
+        reply_clients(b, p);
+        return true;
+    case BATCH_GET_CLIENT_ID_BY_UID: case BATCH_GET_CLIENT_COUNT_BY_GROUP: reply_batch(b, p); return true;
+    case IS_ONLINE: buf_add(b, cl != NULL ? S("i:1;") : S("i:0;")); return true;
+    case GET_CLIENT_COUNT_BY_GROUP:   /* without a group: of all */
+        set = set_new();
+        if (p->ext.len > 0) set_add_room(&set, S("rooms/"), p->ext);
+        else set_add_all(&set);
+        buf_printf(b, "i:%zu;", set.n);
+        return true;
+    case GET_GROUP_ID_LIST: reply_rooms(b); return true;
+    case GET_SESSION_BY_CLIENT_ID:
         if (cl != NULL) session_get(cl, b);
         if (b->len == 0) buf_add(b, cl != NULL ? S("a:0:{}") : S("N;"));
-        break;
+        return true;
     default: return false;
     }
-    return true;
 }
 
 /* ---- Workers. ---- */
 
-/* Tells a worker what happened to a client. */
-static void worker_tell(struct conn *w, const struct client *cl, int event, slice body) {
-    struct buf session = {0};
+/* `event` of the chat: tells the worker of a client what happened to it. That is the one it has,
+ * or else the one with the fewest clients. False: it has none, and the chat has to deal with it. */
+static bool worker_event(struct client *cl, int event, slice body) {
     const struct addr *peer = &cl->c->peer;
-    struct buf *b = &w->out;
+    struct buf session = {0};
+    if (!cl->taken) return false;
+    struct peer *best = NULL, *p = cl->worker == NULL ? worker_next(NULL, true) : NULL;
+    for (; p != NULL; p = worker_next(p, true))
+        if (best == NULL || p->clients < best->clients) best = p;
+    if (best != NULL) best->clients++, cl->worker = best;
+    if (cl->worker == NULL) return false;
+    struct buf *b = &cl->worker->c->out;
+    if (b->len > WORKER_BACKLOG) conn_lost(cl->worker->c, "a worker that does not read");
     session_get(cl, &session);
-    if (b->len > WORKER_BACKLOG) conn_lost(w, "a worker that does not read");
     buf_be(b, PACKET_HEAD + session.len + body.len, 4);
     buf_be(b, (uint64_t)event, 1);
-    buf_add(b, (slice){(const char *)backend.address, 6});
-    buf_be(b, addr_is_v4(peer) ? be32((const char *)peer->ip + 12) : 0, 4);
+    buf_add(b, (slice){(const char *)backend.address, sizeof backend.address});
+    buf_be(b, addr_is_v4(peer) ? be32((const char *)peer->ip + 12) : 0, 4);   /* there is no room for IPv6 */
     buf_be(b, peer->port, 2);
     buf_be(b, cl->number, 4);
-    buf_be(b, event == ON_WEBSOCKET ? 0 : 1, 1);   /* the body is a PHP value, or text */
+    buf_be(b, event == ON_WEBSOCKET ? 0 : PLAIN_TEXT, 1);
     buf_be(b, backend.port, 2);
     buf_be(b, session.len, 4);
     buf_add(b, buf_slice(&session));
     buf_add(b, body);
     buf_free(&session);
-    conn_touch(w);
-}
-
-/* The worker of a client: the one it has, or else the one with the fewest clients, or NULL. */
-static struct conn *worker_of(struct client *cl) {
-    struct peer *best = NULL;
-    if (cl->desk->worker != NULL) return cl->desk->worker;
-    for (struct peer *p = backend.peers; p != NULL; p = p->next)
-        if (p->gateway && p->worker && !p->c->closing && (best == NULL || p->clients < best->clients)) best = p;
-    if (best == NULL) return NULL;
-    best->clients++;
-    return cl->desk->worker = best->c;
-}
-
-/* `event` of the chat: true if a worker deals with it. */
-static bool worker_event(struct client *cl, int event, slice body) {
-    struct conn *w = cl->desk != NULL && cl->desk->taken ? worker_of(cl) : NULL;
-    if (w == NULL) return false;
-    worker_tell(w, cl, event, body);
-    if (event == ON_CLOSE) ((struct peer *)w->state)->clients--;
+    conn_touch(cl->worker->c);
+    if (event == ON_CLOSE) cl->worker->clients--;
     return true;
 }
 
@@ -5987,121 +6042,112 @@ static bool form_each(slice *rest, char mark, struct buf *name, struct buf *valu
 static void php_form(struct buf *b, slice rest, char mark) {
     struct buf name = {0}, value = {0}, pairs = {0};
     size_t n = 0;
-    while (form_each(&rest, mark, &name, &value)) {
+    for (; form_each(&rest, mark, &name, &value); n++) {
         php_key(&pairs, buf_slice(&name));
         php_string(&pairs, buf_slice(&value));
-        n++;
     }
-    buf_printf(b, "a:%zu:{", n);
-    buf_add(b, buf_slice(&pairs));
-    buf_addc(b, '}');
-    buf_free(&name), buf_free(&value), buf_free(&pairs);
+    php_array(b, n, &pairs);
+    buf_free(&name), buf_free(&value);
 }
 
-static void php_pair(struct buf *b, const char *name, slice value) {
-    php_string(b, slice_of(name));
-    php_string(b, value);
-}
-
-/* What PHP has in $_GET, $_SERVER and $_COOKIE. */
+/* What PHP has in $_GET, $_SERVER and $_COOKIE after this request. */
 static void worker_request(struct buf *b, const struct client *cl, const struct request *q) {
+    struct buf server = {0}, name = {0};
     slice cookies = S("");
-    const char *ip = addr_text(&cl->c->peer), *colon = strrchr(ip, ':');
-    slice address = {ip, colon != NULL ? (size_t)(colon - ip) : 0};
-    struct buf headers = {0};
     size_t n = 9;
-    for (slice rest = q->lines; rest.len > 0; n++) {
-        slice value = slice_split(&rest, '\n'), name = slice_split(&value, ':');
+    php_pair(&server, "QUERY_STRING", q->query);
+    php_pair(&server, "REQUEST_METHOD", q->method);
+    php_pair(&server, "REQUEST_URI", q->target);
+    php_pair(&server, "SERVER_PROTOCOL", S("HTTP/1.1"));
+    php_pair(&server, "SERVER_NAME", q->header[HOST]);
+    buf_add(&server, S("s:12:\"CONTENT_TYPE\";N;"));
+    php_pair(&server, "REMOTE_ADDR", peer_ip(&cl->c->peer));
+    buf_printf(&server, "s:11:\"REMOTE_PORT\";i:%u;s:11:\"SERVER_PORT\";i:%u;", cl->c->peer.port, backend.port);
+    for (slice rest = q->lines; rest.len > 0; n++) {   /* Accept-Language is HTTP_ACCEPT_LANGUAGE there */
+        slice value = slice_split(&rest, '\n'), header = slice_split(&value, ':');
         value = slice_trim(slice_take(value, value.len - 1));
-        if (slice_eqcase(name, S("Cookie"))) cookies = value;
-        buf_printf(&headers, "s:%zu:\"HTTP_", name.len + 5);
-        for (size_t i = 0; i < name.len; i++) buf_addc(&headers, name.p[i] == '-' ? '_' : upper(name.p[i]));
-        buf_add(&headers, S("\";"));
-        php_string(&headers, value);
+        if (slice_eqcase(header, S("Cookie"))) cookies = value;
+        buf_clear(&name);
+        buf_add(&name, S("HTTP_"));
+        for (size_t i = 0; i < header.len; i++) buf_addc(&name, header.p[i] == '-' ? '_' : upper(header.p[i]));
+        php_string(&server, buf_slice(&name));
+        php_string(&server, value);
     }
     buf_add(b, S("a:3:{s:3:\"get\";"));
     php_form(b, q->query, '&');
-    buf_printf(b, "s:6:\"server\";a:%zu:{", n);
-    php_pair(b, "QUERY_STRING", q->query);
-    php_pair(b, "REQUEST_METHOD", q->method);
-    php_pair(b, "REQUEST_URI", q->target);
-    php_pair(b, "SERVER_PROTOCOL", S("HTTP/1.1"));
-    php_pair(b, "SERVER_NAME", q->header[HOST]);
-    buf_add(b, S("s:12:\"CONTENT_TYPE\";N;"));
-    php_pair(b, "REMOTE_ADDR", address);
-    buf_printf(b, "s:11:\"REMOTE_PORT\";i:%u;s:11:\"SERVER_PORT\";i:%u;", cl->c->peer.port, backend.port);
-    buf_add(b, buf_slice(&headers));
-    buf_add(b, S("}s:6:\"cookie\";"));
+    buf_add(b, S("s:6:\"server\";"));
+    php_array(b, n, &server);
+    buf_add(b, S("s:6:\"cookie\";"));
     php_form(b, cookies, ';');
     buf_addc(b, '}');
-    buf_free(&headers);
+    buf_free(&name);
 }
 
-/* `greet` of the chat: a new client, which a worker takes if there is one. */
+/* `greet` of the chat: a new client, which a worker takes if there is one. To a worker it is news
+ * in two steps, TCP and then the handshake. */
 static void worker_greet(struct client *cl, const struct request *q) {
-    struct peer *p = backend.peers;
-    while (p != NULL && !(p->gateway && p->worker && !p->c->closing)) p = p->next;
-    if (p == NULL) return;
     struct buf request = {0};
-    client_desk(cl)->taken = true;
+    cl->taken = worker_next(NULL, true) != NULL;
+    if (!cl->taken) return;
     worker_event(cl, ON_CONNECT, S(""));
     worker_request(&request, cl, q);
     worker_event(cl, ON_WEBSOCKET, buf_slice(&request));
     buf_free(&request);
 }
 
-/* WORKER_CONNECT: it replaces an older one of its name at its address. */
+/* WORKER_CONNECT: it replaces an older one of its name at its address, which has lost its way. */
 static void worker_connect(struct conn *c, slice name) {
+    static const uint8_t here[] = {127, 0, 0, 1};
     struct peer *peer = c->state;
     peer->worker = true;
-    peer->ping_ms = now.ms + PEER_PING_MS;
+    if (memcmp(backend.address, here, sizeof here) != 0) peer->ping_ms = now.ms + PEER_PING_MS;
     buf_clear(&peer->name);
     buf_add(&peer->name, name);
-    for (struct peer *p = backend.peers; p != NULL; p = p->next)
-        if (p != peer && p->gateway && p->worker && slice_eq(buf_slice(&p->name), name) &&
-            memcmp(p->c->peer.ip, c->peer.ip, sizeof c->peer.ip) == 0)
+    for (struct peer *p = NULL; (p = worker_next(p, true)) != NULL;)
+        if (p != peer && slice_eq(buf_slice(&p->name), name) && memcmp(p->c->peer.ip, c->peer.ip, 16) == 0)
             conn_close(p->c, "there is a new worker of this name");
     log_info("%s: worker %.*s", addr_text(&c->peer), F(name));
 }
 
 /* ---- The gateway. ---- */
 
-/* Does whoever sent this first packet know the secret? */
+/* May whoever sent this packet do so? The first has to show the secret; and if a later one shows
+ * some, even where none is needed, that must be the right one. It has to be text: PHP compares
+ * types as well. */
 static bool gateway_greet(struct conn *c, const struct packet *p) {
     struct json_field f[] = {{.name = "secret_key"}, {.name = "worker_key"}};
     struct peer *peer = c->state;
-    size_t where;
-    if (p->cmd != 200 && p->cmd != 202) return peer->known;
-    bool json = json_pick(p->body, f, 2, &where) == NULL && f[0].raw.p != NULL && *f[0].raw.p == '"';
-    if (!json || !key_is(&backend.key, json_get(f[0].raw, &backend.ext))) return false;
+    size_t at;
+    if (p->cmd != WORKER_CONNECT && p->cmd != GATEWAY_CLIENT_CONNECT) return peer->known;
+    bool json = json_pick(p->body, f, 2, &at) == NULL && f[0].raw.p != NULL && *f[0].raw.p == '"';
+    if (!json || !key_is(&backend.key, json_get(f[0].raw, &backend.name))) return false;
     peer->known = true;
-    if (p->cmd == 200) worker_connect(c, json_get(f[1].raw, &backend.ext));
+    if (p->cmd == WORKER_CONNECT) worker_connect(c, json_get(f[1].raw, &backend.name));
     return true;
 }
 
+/* Does what a packet says. A reply has no head but its length. */
 static void gateway_command(struct conn *c, const struct packet *p) {
     struct client *cl = gateway_client(p->number);
-    struct room *group = p->cmd == 27 ? room_find(S("rooms/"), p->ext) : NULL;
     struct buf reply = {0};
-    if (p->cmd == 6 || p->cmd == 14 || p->cmd == 22) gateway_send(p);
-    while (group != NULL && group->first != NULL) gateway_leave(group->first->c->state, group->first);
-    if (gateway_ask(p, cl, &reply)) {
-        if (reply.len > ANSWER_MAX) conn_close(c, "it asked for too much");
+    if (!gateway_ask(p, cl, &reply)) gateway_do(p, cl);
+    else if (reply.len > ANSWER_MAX) conn_close(c, "it asked for too much");
+    else {
         buf_be(&c->out, reply.len, 4);
         buf_add(&c->out, buf_slice(&reply));
         conn_touch(c);
-    } else if (cl != NULL) {
-        gateway_order(p, cl);
     }
     buf_free(&reply);
+    buf_free(&backend.json);   /* may be large */
 }
 
+/* `feed` of the gateway. ext_data that would end behind the packet ends with it. */
 static ssize_t gateway_feed(struct conn *c, char *p, size_t n) {
     const struct peer *peer = c->state;
     uint32_t len = n >= 4 ? be32(p) : PACKET_HEAD;
     if (len < PACKET_HEAD || len > (peer->known ? PACKET_MAX : STRANGER_BYTES))
         return conn_close(c, "no packet has this length"), -1;
-    if (n < len || n < PACKET_HEAD) return peer_wait(c);
+    if (n < len) return peer_wait(c);
     uint32_t ext = be32(p + 24), all = len - PACKET_HEAD;
     struct packet packet = {.cmd = (unsigned char)p[4], .flag = p[21], .number = be32(p + 17)};
     packet.ext = (slice){p + PACKET_HEAD, ext < all ? ext : all};
@@ -6112,30 +6158,8 @@ static ssize_t gateway_feed(struct conn *c, char *p, size_t n) {
     return c->closing ? -1 : (ssize_t)len;
 }
 
-/* Also tells a worker that we live, unless it must be on this machine. */
-static void gateway_tick(struct conn *c) {
-    struct peer *peer = c->state;
-    peer_tick(c);
-    if (!peer->worker || now.ms < peer->ping_ms || memcmp(backend.address, (uint8_t[]){127, 0, 0, 1}, 4) == 0) return;
-    peer->ping_ms = now.ms + PEER_PING_MS;
-    buf_be(&c->out, PACKET_HEAD, 4), buf_be(&c->out, 201, 1);
-    buf_be(&c->out, 0, 8), buf_be(&c->out, 0, 8), buf_be(&c->out, 1, 1), buf_be(&c->out, 0, 6);
-    conn_touch(c);
-}
-
-static void gateway_closed(struct conn *c) {
-    const struct peer *peer = c->state;
-    void **all = peer->worker ? clients_all() : NULL;
-    for (size_t i = 0; all != NULL && all[i] != NULL; i++) {
-        struct client *cl = all[i];
-        if (cl->desk != NULL && cl->desk->worker == c) cl->desk->worker = NULL;
-    }
-    free(all);
-    peer_gone(c);
-}
-
 static const struct proto gateway_proto = {
-    .name = "gateway", .feed = gateway_feed, .tick = gateway_tick, .closed = gateway_closed,
+    .name = "gateway", .feed = gateway_feed, .tick = peer_tick, .closed = backend_closed,
 };
 
 /* A second has passed at the listener. */
@@ -6151,7 +6175,8 @@ static const struct proto backend_listener = {
 /* Reads the secret, at the start and at SIGHUP. False, after a line in the log: it stays as it was. */
 static bool backend_load(void) { return key_load("--gateway-key-file", opt.gateway_key_file, &backend.key); }
 
-/* Gets ready. The first two are the address of the gateway, or what stands for it; the last is the port of the chat. */
+/* Gets ready. The first two are the address of the gateway, or what stands for it; the last is the
+ * port of the chat. A wrong --join ends the program. */
 static void backend_init(const uint8_t ip[4], uint16_t port, uint16_t chat_port) {
     memcpy(backend.address, ip, 4);
     backend.address[4] = (uint8_t)(port >> 8);
@@ -6412,20 +6437,16 @@ static bool api_join(void) {
 }
 
 static bool api_kick(void) {
-    struct buf set = {0};
-    struct client *cl;
+    struct set set = set_new();
     if (api.given[A_CLIENT] == api.given[A_UID]) return api_bad("one of client_id and uid is needed");
-    set_begin();
-    if (api.given[A_UID]) set_add_room(&set, room_find(S("users/"), api_value(A_UID)));
-    else if ((cl = api_client()) == NULL) return false;
-    else set_add(&set, cl);
-    for (size_t i = 0; (cl = set_get(&set, i)) != NULL; i++) {
+    if (api.given[A_UID]) set_add_room(&set, S("users/"), api_value(A_UID));
+    else set_add(&set, api_client());
+    if (api.given[A_CLIENT] && set.n == 0) return false;
+    for (struct client *cl = set.first; cl != NULL; cl = cl->next_in_set) {
         if (api.given[A_MESSAGE]) client_tell(cl, api.raw.len > 0 ? api.raw : api_value(A_MESSAGE), false);
         ws_close(cl->c, WS_KICKED, "kicked by the back end");
     }
-    size_t n = set.len / sizeof cl;
-    buf_free(&set);
-    return api_done_count("kicked", n);
+    return api_done_count("kicked", set.n);
 }
 
 static bool api_push(void) {
@@ -6458,27 +6479,24 @@ static void api_describe(struct buf *b, const struct client *cl) {
     buf_addc(b, '[');
     for (const struct member *m = cl->c->joined; m != NULL; m = m->also) {
         if (m == cl->inbox) continue;
-        if (b->p[b->off + b->len - 1] != '[') buf_addc(b, ',');
+        json_comma(b);
         json_quote(b, room_name(m->room));
     }
     buf_add(b, S("]}"));
 }
 
 static bool api_clients(void) {
-    struct buf set = {0};
-    struct client *cl;
-    set_begin();
-    if (api.given[A_ROOM]) set_add_room(&set, room_find(S("rooms/"), api_value(A_ROOM)));
-    else if (api.given[A_UID]) set_add_room(&set, room_find(S("users/"), api_value(A_UID)));
+    struct set set = set_new();
+    if (api.given[A_ROOM]) set_add_room(&set, S("rooms/"), api_value(A_ROOM));
+    else if (api.given[A_UID]) set_add_room(&set, S("users/"), api_value(A_UID));
     else set_add_all(&set);
     buf_clear(&api.json);
     buf_add(&api.json, S("{\"clients\":["));
-    for (size_t i = 0; (cl = set_get(&set, i)) != NULL; i++) {
-        if (i > 0) buf_add(&api.json, S(",\n"));
+    for (const struct client *cl = set.first; cl != NULL; cl = cl->next_in_set) {
+        if (cl != set.first) buf_add(&api.json, S(",\n"));
         api_describe(&api.json, cl);
     }
     buf_add(&api.json, S("]}"));
-    buf_free(&set);
     return api_answer();
 }
 

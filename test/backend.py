@@ -252,6 +252,23 @@ def register_broadcasts(s):
         check(got == want, f"after {after!r}:", got, "in place of", want)
 
 
+@case("--register", "127.0.0.1:0", around=Bystander)
+def register_is_not_read(s):
+    """Who wants all addresses and reads none is shut out, before the server holds too much for him."""
+    watcher, base = Register(s), Register(s)
+    watcher.send(ASK)
+    until(lambda: len(watcher.sock.recv(1, socket.MSG_PEEK)) == 1, "no answer")
+    for i in range(1000):
+        base.send(announce(f"{i:060000}"))
+    base.send(ASK)
+    base.line()
+    held = 0
+    with contextlib.suppress(ConnectionResetError):
+        while more := len(watcher.sock.recv(1 << 20)):
+            held += more
+    check(held < 40 << 20, "held for him:", held)
+
+
 @case("--register", "127.0.0.1:0")
 def register_alone(s):
     """Without a gateway the list is empty; lines may come in pieces, or many at once; one has an end."""
@@ -1074,6 +1091,19 @@ def sessions_that_are_refused(s, name, session):
         inner.tell(cmd, ann, session)
         check(inner.session(ann) == before, "it became", repr(inner.session(ann)[:200]))
     check(inner.ask(ALL_SESSIONS).count(before) >= 1)
+
+
+@gateway(rows=[("an array", "a:0:"), ("an object", 'O:1:"x":0:')])
+def brackets_behind_the_end(s, name, session):
+    """What ends in front of a bracket is cut short, even if the next byte of the packet would do."""
+    ann, inner = join(s, new_room(), "Ann"), Inner(s)
+    before = inner.session(ann)
+    for cmd in SET_SESSION, UPDATE_SESSION:
+        inner.tell(cmd, ann, session, body="{}")
+    inner.send(packet(SEND_TO_ONE, number(ann), body=session, flag=0) + b"{}{}")
+    inner = Inner(s)
+    check(inner.session(ann) == before, "it became", inner.session(ann))
+    check(texts(inner, ann) == [])
 
 
 @case()
