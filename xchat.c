@@ -768,15 +768,6 @@ static void table_resize(struct table *t, size_t cap) {
     *t = next;
 }
 
-/* All items, in that order unless it is NULL; the array is the caller's, and not NULL. */
-static void **table_all(const struct table *t, int (*order)(const void *, const void *)) {
-    void **all = xcalloc((t->n + 1) * sizeof *all), **end = all;
-    for (size_t i = 0; i < t->cap; i++)
-        if (t->slot[i] != NULL) *end++ = t->slot[i];
-    if (order != NULL) qsort(all, t->n, sizeof *all, order);
-    return all;
-}
-
 /* Borrows the item until it is removed. Its key must not be in the table. */
 static void table_add(struct table *t, void *item) {
     if ((t->n + 1) * 4 > t->cap * 3) table_resize(t, t->cap > 0 ? t->cap * 2 : 8);
@@ -2642,8 +2633,8 @@ struct room {
     uint64_t end;                 /* its end, counted from the first byte ever said here */
     uint64_t flushed;             /* what `end` was when members were last sent to */
     struct member *first, *last;  /* in order of joining */
-    uint64_t number;              /* the later it was made, the higher */
     uint32_t n;                   /* of them */
+    struct room *older, *newer;   /* in order of being made */
     struct room *next_grown;
     bool grown;                   /* is in rooms.grown */
 };
@@ -2664,7 +2655,7 @@ static struct {
     struct table by_name;
     struct room *grown;           /* have something to send, or nobody to send to */
     struct room *last;            /* room_publish_next()'s, in this round */
-    uint64_t made;
+    struct room *oldest, *newest;
     void (*unsaid)(slice text);   /* chapter 9's: this could not be stored */
     void (*said)(slice key, slice text);   /* chapter 8's, or NULL: this was, in the room of this key */
     unsigned long long delivered; /* copies for members */
@@ -2769,6 +2760,8 @@ static bool rooms_flush(void) {
         room_flush(r);
         if (r->first != NULL) continue;
         table_remove(&rooms.by_name, room_key(r));
+        *(r->older != NULL ? &r->older->newer : &rooms.oldest) = r->newer;
+        *(r->newer != NULL ? &r->newer->older : &rooms.newest) = r->older;
         history_close(r->past);
         buf_free(&r->log);
         free(r);
@@ -2821,7 +2814,8 @@ static struct room *room_get(slice space, slice name, bool make) {
     struct room *r = table_find(&rooms.by_name, key);
     if (r != NULL || !make || rooms.by_name.n >= opt.max_rooms) return r;
     r = xcalloc(sizeof *r);
-    r->number = rooms.made++;
+    r->older = rooms.newest;
+    rooms.newest = *(r->older != NULL ? &r->older->newer : &rooms.oldest) = r;
     r->past = history_open(key);
     table_add(&rooms.by_name, r);
     room_touch(r);
@@ -2831,13 +2825,19 @@ static struct room *room_get(slice space, slice name, bool make) {
 static struct room *room_open(slice space, slice name) { return room_get(space, name, true); }
 static struct room *room_find(slice space, slice name) { return room_get(space, name, false); }
 
-static int room_older(const void *a, const void *b) {
-    const struct room *const *x = a, *const *y = b;
-    return (*x)->number < (*y)->number ? -1 : 1;
+/* How many clients are in a room, or NULL. */
+static size_t room_clients(const struct room *r) {
+    size_t n = 0;
+    for (const struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) n += !m->c->closing;
+    return n;
 }
 
-/* All rooms, the oldest first; see table_all(). */
-static void **rooms_all(void) { return table_all(&rooms.by_name, room_older); }
+/* The next newer room that somebody is in, and no inbox, or the oldest; NULL: there is none. */
+static struct room *room_next(const struct room *r) {
+    struct room *next = r != NULL ? r->newer : rooms.oldest;
+    while (next != NULL && (room_clients(next) == 0 || !slice_starts(room_key(next), S("rooms/")))) next = next->newer;
+    return next;
+}
 
 /* Its place in this room, or NULL. */
 static struct member *room_member(const struct room *r, const struct conn *c) {
@@ -4466,6 +4466,7 @@ struct client {
     uint32_t silences;      /* times --ping since it was last heard */
     uint32_t number;        /* the second half of its id */
     uint32_t mark;          /* chapter 10's: whether it is in a set of clients, and that one */
+    struct client *prev, *next;   /* in order of coming */
     struct client *next_in_set;
     struct buf session;     /* as the back end set it, in PHP's words */
     bool newer;             /* but there was a login since then */
@@ -4487,7 +4488,8 @@ enum field {
 
 static struct {
     struct table clients;          /* by id */
-    uint32_t first_number, last_number;
+    struct client *first, *last;   /* in order of coming */
+    uint32_t last_number;
     uint8_t gateway[6];            /* IPv4 address and port: the first half of every id */
     bool (*event)(struct client *cl, int event, slice text);   /* chapter 10's: has it been dealt with? */
     void (*greet)(struct client *cl, const struct request *q);   /* chapter 10's: there is a new one */
@@ -4504,15 +4506,10 @@ static slice client_key(const void *item) { return (slice){((const struct client
 /* The client of this id, or NULL. */
 static struct client *client_find(slice id) { return id.len == 20 ? table_find(&chat.clients, id) : NULL; }
 
-static int client_older(const void *a, const void *b) {
-    const struct client *const *x = a, *const *y = b;
-    uint32_t first = chat.first_number;   /* they may have started anew at 0 */
-    return (*x)->number - first < (*y)->number - first ? -1 : 1;
-}
+/* The next younger client, or the oldest; NULL: there is none. */
+static struct client *client_next(const struct client *cl) { return cl != NULL ? cl->next : chat.first; }
 
-/* All clients, the oldest first; see table_all(). */
-static void **clients_all(void) { return table_all(&chat.clients, client_older); }
-
+/* Writes the id of the client that has this number. */
 static void client_id(uint32_t number, char id[21]) {
     const uint8_t *g = chat.gateway;
     snprintf(id, 21, "%02x%02x%02x%02x%02x%02x%08x", g[0], g[1], g[2], g[3], g[4], g[5], number);
@@ -5058,6 +5055,8 @@ static void chat_closed(struct conn *c) {
     if (cl->seat != NULL && !known) chat_leave(cl);
     while (c->joined != NULL) room_leave(c->joined);
     table_remove(&chat.clients, client_key(cl));
+    *(cl->prev != NULL ? &cl->prev->next : &chat.first) = cl->next;
+    *(cl->next != NULL ? &cl->next->prev : &chat.last) = cl->prev;
     ws_end(c);
     buf_free(&cl->session);
     free(cl->uid);
@@ -5078,6 +5077,8 @@ static void chat_upgraded(struct conn *c, const struct request *q) {
     do client_id(cl->number = ++chat.last_number, cl->id);
     while (client_find(client_key(cl)) != NULL);
     table_add(&chat.clients, cl);
+    cl->prev = chat.last;
+    chat.last = *(cl->prev != NULL ? &cl->prev->next : &chat.first) = cl;
     c->state = cl;
     c->proto = &chat_proto;
     chat.greet(cl, q);
@@ -5098,7 +5099,7 @@ static void chat_init(const uint8_t gateway[6], bool (*event)(struct client *cl,
     chat.event = event;
     chat.greet = greet;
     if (RAND_bytes((unsigned char *)&random, sizeof random) != 1) die("no random bytes");
-    chat.first_number = chat.last_number = random;
+    chat.last_number = random;
 }
 
 /* ==========================================================================
@@ -5555,12 +5556,8 @@ static ssize_t register_feed(struct conn *c, char *p, size_t n) {
 static void backend_closed(struct conn *c) {
     struct peer *peer = c->state, **at = &backend.peers;
     bool listed = !peer->gateway && peer->name.len > 0;
-    void **all = peer->clients > 0 ? clients_all() : NULL;
-    for (size_t i = 0; all != NULL && all[i] != NULL; i++) {
-        struct client *cl = all[i];
+    for (struct client *cl = NULL; (cl = client_next(cl)) != NULL;)
         if (cl->worker == peer) cl->worker = NULL;
-    }
-    free(all);
     while (*at != peer) at = &(*at)->next;
     *at = peer->next;
     backend.n_peers--;
@@ -5642,27 +5639,32 @@ static void session_keep(struct client *cl, slice session) {
     cl->newer = false;
 }
 
-/* The text of a value in a session, if it is text or a number (that is 'i' in *type then). */
-static slice session_text(slice pairs, const char *name, char *type) {
+/* A value of a session, if it is text or an integer; else its text is empty. */
+static struct php session_value(slice pairs, const char *name) {
     struct buf key = {0};
-    struct php v = {'N', S(""), 0};
+    struct php v;
     php_string(&key, slice_of(name));
     slice value = php_find(pairs, buf_slice(&key), &pairs);
     buf_free(&key);
-    *type = php_read(&value, &v) ? v.type : 'N';
-    return *type == 'i' || *type == 's' ? v.text : S("");
+    bool ok = php_read(&value, &v) && (v.type == 'i' || v.type == 's');
+    return ok ? v : (struct php){'N', S(""), 0};
+}
+
+/* The room of this name, made if need be; NULL if it cannot be one, or cannot be used now. */
+static struct room *group_open(slice name) {
+    struct room *r = name_ok(name) ? room_open(S("rooms/"), name) : NULL;
+    return r != NULL && !r->past->unknown ? r : NULL;
 }
 
 /* Replaces the session, and has the chat go by it: room and name are what it says. The client is
  * not taken out of the room it was in, since that is a group for PHP, and nobody said so. */
 static void session_set(struct client *cl, slice session) {
-    char type, unused;
-    slice pairs = php_inside(session), room = session_text(pairs, "room_id", &type);
-    slice name = session_text(pairs, "client_name", &unused);
-    bool name_good = name.len <= 6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
-    struct room *r = name_ok(room) && name_good ? room_open(S("rooms/"), room) : NULL;
-    cl->seat = r != NULL && !r->past->unknown ? client_join(cl, r, KEPT_ROOMS) : NULL;
-    cl->number_room = type == 'i';
+    slice pairs = php_inside(session), name = session_value(pairs, "client_name").text;
+    struct php room = session_value(pairs, "room_id");
+    bool good = name.len <= 6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
+    struct room *r = good ? group_open(room.text) : NULL;
+    cl->seat = r != NULL ? client_join(cl, r, KEPT_ROOMS) : NULL;
+    cl->number_room = room.type == 'i';
     if (cl->seat != NULL) client_name(cl, name);
     session_keep(cl, session);
 }
@@ -5715,16 +5717,7 @@ static void set_add_room(struct set *set, slice space, slice name) {
 }
 
 static void set_add_all(struct set *set) {
-    void **all = clients_all();
-    for (size_t i = 0; all[i] != NULL; i++) set_add(set, all[i]);
-    free(all);
-}
-
-/* How many clients are in a room, or NULL. */
-static size_t room_clients(const struct room *r) {
-    size_t n = 0;
-    for (const struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) n += !m->c->closing;
-    return n;
+    for (struct client *cl = NULL; (cl = client_next(cl)) != NULL;) set_add(set, cl);
 }
 
 /* The client of this number, unless it is going; or NULL. */
@@ -5838,14 +5831,13 @@ static void gateway_leave(struct client *cl, struct member *m) {
     room_leave(m);
 }
 
-/* Does what has no answer. `cl` is NULL if there is no such client: then nothing is done. */
+/* Does what has no answer. `cl` is NULL if there is no such client: then nothing is done to it. */
 static void gateway_do(const struct packet *p, struct client *cl) {
-    slice name = name_ok(p->ext) ? p->ext : S("");
-    struct room *r = NULL;
-    if (p->cmd == UNGROUP) r = room_find(S("rooms/"), name);
-    while (r != NULL && r->first != NULL) gateway_leave(r->first->c->state, r->first);
+    struct room *r = p->cmd == UNGROUP || p->cmd == LEAVE_GROUP ? room_find(S("rooms/"), p->ext) : NULL;
     if (p->cmd == SEND_TO_ALL || p->cmd == SEND_TO_UID || p->cmd == SEND_TO_GROUP) gateway_send(p);
+    while (p->cmd == UNGROUP && r != NULL && r->first != NULL) gateway_leave(r->first->c->state, r->first);
     if (cl == NULL) return;
+    struct member *m = r != NULL ? room_member(r, cl->c) : NULL;
     switch (p->cmd) {
     case SEND_TO_ONE: gateway_tell(p, cl); break;
     case KICK:   /* closeClient() without a message has null there */
@@ -5854,22 +5846,11 @@ static void gateway_do(const struct packet *p, struct client *cl) {
         break;
     case DESTROY: conn_lost(cl->c, "destroyed by the back end"); break;
     case UPDATE_SESSION: session_order(cl, p->ext, true); break;
-    case SET_SESSION:
-        if (p->ext.len > 0) session_order(cl, p->ext, false);
-        else session_set(cl, S(""));
-        break;
-    case BIND_UID:
-        if (name.len > 0) client_identify(cl, name);
-        break;
+    case SET_SESSION: p->ext.len > 0 ? session_order(cl, p->ext, false) : session_set(cl, p->ext); break;
+    case BIND_UID: if (name_ok(p->ext)) client_identify(cl, p->ext); break;
     case UNBIND_UID: client_identify(cl, S("")); break;
-    case JOIN_GROUP:
-        if (name.len > 0) r = room_open(S("rooms/"), name);
-        if (r != NULL && !r->past->unknown) client_join(cl, r, KEPT_ROOMS);
-        break;
-    case LEAVE_GROUP: {
-        struct member *m = (r = room_find(S("rooms/"), name)) != NULL ? room_member(r, cl->c) : NULL;
-        if (m != NULL) gateway_leave(cl, m);
-    }
+    case JOIN_GROUP: if ((r = group_open(p->ext)) != NULL) client_join(cl, r, KEPT_ROOMS); break;
+    case LEAVE_GROUP: if (m != NULL) gateway_leave(cl, m);
     }
 }
 
@@ -5951,23 +5932,19 @@ static void reply_batch(struct buf *b, const struct packet *p) {
 
 /* The rooms that have clients; the oldest first. They are groups that somebody is in. */
 static void reply_rooms(struct buf *b) {
-    void **all = rooms_all();
     struct buf pairs = {0};
     size_t n = 0;
-    for (size_t i = 0; all[i] != NULL; i++) {
-        const struct room *r = all[i];
-        if (room_clients(r) == 0 || !slice_starts(room_key(r), S("rooms/"))) continue;
+    for (struct room *r = NULL; (r = room_next(r)) != NULL;) {
         buf_printf(&pairs, "i:%zu;", n++);
         php_key(&pairs, room_name(r));
     }
     php_array(b, n, &pairs);
-    free(all);
 }
 
 /* Answers what has an answer, also if there is no such client: the library would wait for it for
  * ever. False: it has none. */
 static bool gateway_ask(const struct packet *p, const struct client *cl, struct buf *b) {
-    struct set set;
+    struct set all = set_new();
     switch (p->cmd) {
     case GET_ALL_CLIENT_SESSIONS: case GET_CLIENT_ID_BY_UID: case GET_CLIENT_SESSIONS_BY_GROUP: case SELECT:
         reply_clients(b, p);
@@ -5975,10 +5952,8 @@ static bool gateway_ask(const struct packet *p, const struct client *cl, struct 
     case BATCH_GET_CLIENT_ID_BY_UID: case BATCH_GET_CLIENT_COUNT_BY_GROUP: reply_batch(b, p); return true;
     case IS_ONLINE: buf_add(b, cl != NULL ? S("i:1;") : S("i:0;")); return true;
     case GET_CLIENT_COUNT_BY_GROUP:   /* without a group: of all */
-        set = set_new();
-        if (p->ext.len > 0) set_add_room(&set, S("rooms/"), p->ext);
-        else set_add_all(&set);
-        buf_printf(b, "i:%zu;", set.n);
+        if (p->ext.len == 0) set_add_all(&all);
+        buf_printf(b, "i:%zu;", p->ext.len == 0 ? all.n : room_clients(room_find(S("rooms/"), p->ext)));
         return true;
     case GET_GROUP_ID_LIST: reply_rooms(b); return true;
     case GET_SESSION_BY_CLIENT_ID:
@@ -6219,6 +6194,7 @@ static void backend_init(const uint8_t ip[4], uint16_t port, uint16_t chat_port)
 
 enum { API_BYTES = 1 << 20 };   /* of a request's body */
 
+/* The fields of all calls; api_read() has their names in the same order. */
 enum api_field { A_ROOM, A_UID, A_CLIENT, A_MESSAGE, A_MSG, A_NAME, A_TOKEN, A_BEFORE, A_COUNT, API_FIELDS };
 
 static const char *const api_names[API_FIELDS] = {
@@ -6228,171 +6204,180 @@ static const char *const api_names[API_FIELDS] = {
 static struct {
     struct conn *c;                    /* who asks now... */
     const struct request *q;           /* ...and what */
-    struct buf value[API_FIELDS];      /* fields of that */
+    struct buf value[API_FIELDS];      /* fields of that, as text; empty if not given */
     bool given[API_FIELDS];
     slice raw;                         /* the message, if it is a JSON array or object */
-    struct buf key, name, json;        /* the secret; decoded; the answer */
+    struct buf key, name;              /* the secret; the name of a field */
+    struct buf json;                   /* the answer being written; empty between requests */
 } api;
 
 static slice api_value(enum api_field field) { return buf_slice(&api.value[field]); }
 
+/* ---- Answers. What a call returns is of no interest: false is just what api_fail() returns, so
+ * that a check and its refusal are one line. ---- */
+
 #define BAD "400 Bad Request"
 #define UNAVAILABLE "503 Service Unavailable"
-#define JSON_TYPE "Content-Type: application/json\r\nCache-Control: no-store\r\n"
+#define api_bad(...) api_fail(BAD, "bad_field", __VA_ARGS__)
 
 /* Answers with what api.json holds. */
-static bool api_answer(void) {
-    buf_add(&api.json, S("\n"));
-    http_reply(api.c, api.q, "200 OK", S(JSON_TYPE), buf_slice(&api.json));
+static bool api_reply(const char *status, const char *more_headers) {
+    struct buf headers = {0};
+    buf_printf(&headers, "Content-Type: application/json\r\nCache-Control: no-store\r\n%s", more_headers);
+    buf_addc(&api.json, '\n');
+    http_reply(api.c, api.q, status, buf_slice(&headers), buf_slice(&api.json));
+    buf_free(&headers);
     buf_free(&api.json);   /* it may be long */
     return true;
 }
 
-/* Answers with an error. Returns false, for its callers. */
+/* Answers with an error: a word for programs, and a text for people. Returns false. */
 PRINTF(3, 4) static bool api_fail(const char *status, const char *code, const char *format, ...) {
     char message[200];
-    struct buf headers = {0};
     va_list args;
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
-    buf_clear(&api.json);
     buf_addc(&api.json, '{');
     json_add(&api.json, "code", slice_of(code));
     json_add(&api.json, "message", slice_of(message));
-    buf_add(&api.json, S("}\n"));
-    buf_add(&headers, S(JSON_TYPE));
-    if (strncmp(status, "401", 3) == 0) buf_add(&headers, S("WWW-Authenticate: Bearer\r\n"));
-    if (strncmp(status, "405", 3) == 0) buf_printf(&headers, "Allow: %.*s\r\n", (int)strcspn(message, " "), message);
-    http_reply(api.c, api.q, status, buf_slice(&headers), buf_slice(&api.json));
-    buf_free(&headers);
+    buf_addc(&api.json, '}');
+    bool secret = strcmp(code, "unauthorized") == 0, method = strcmp(code, "bad_method") == 0;
+    api_reply(status, secret ? "WWW-Authenticate: Bearer\r\n" : !method ? "" :
+              *message == 'G' ? "Allow: GET\r\n" : "Allow: POST\r\n");
     return false;
 }
 
-static bool api_bad(const char *why) { return api_fail(BAD, "bad_field", "%s", why); }
-
-static bool api_done(const char *what, slice value) {
-    buf_clear(&api.json);
+/* Answers that all is well, and how many there were; of nothing, if `what` is NULL. */
+static bool api_done(const char *what, size_t n) {
     buf_add(&api.json, S("{\"ok\":true"));
-    if (what != NULL) json_name(&api.json, what), buf_add(&api.json, value);
+    if (what != NULL) buf_printf(&api.json, ",\"%s\":%zu", what, n);
     buf_addc(&api.json, '}');
-    return api_answer();
+    return api_reply("200 OK", "");
 }
 
-static bool api_done_count(const char *what, size_t n) {
-    char text[24];
-    snprintf(text, sizeof text, "%zu", n);
-    return api_done(what, slice_of(text));
-}
+/* ---- Who may ask. ---- */
 
 /* Reads the secret, at the start and at SIGHUP. False, after a line in the log: it stays as it was. */
 static bool api_load(void) { return key_load("--admin-key-file", opt.admin_key_file, &api.key); }
 
+/* Does a Host header name this machine, as only a program on it would? */
+static bool api_is_here(slice host) {
+    struct addr a;
+    bool six = slice_starts(host, S("[::1]"));
+    slice rest = host, name = six ? slice_take(host, 5) : slice_split(&rest, ':'), port = slice_cut(host, name.len);
+    bool here = six || slice_eqcase(name, S("localhost")) ||
+                (addr_parse(name, &a) && addr_is_v4(&a) && a.ip[12] == 127);
+    return here && (port.len == 0 || (*port.p == ':' && slice_number(slice_cut(port, 1), 10) >= 0));
+}
+
+static slice api_type(const struct request *q) {   /* without its parameters */
+    slice type = q->header[CONTENT_TYPE];
+    return slice_trim(slice_split(&type, ';'));
+}
+
 /* `allowed` of the administrator's site. Who shows no secret must be on this machine, and
  * no page that a browser there has from elsewhere: neither directly (Origin), nor under a
- * name that means us by now (Host). */
+ * name that means us by now (Host). And a page can send forms without being asked whether it
+ * may, but no JSON. */
 static bool api_allowed(struct conn *c, struct request *q) {
-    const slice *h = q->header;
-    slice key = h[AUTHORIZATION], scheme = slice_split(&key, ' '), host = h[HOST], origin = h[ORIGIN];
-    struct addr a;
-    bool bracket = slice_starts(host, S("[")), post = slice_eq(q->method, S("POST")), keep = q->keep;
+    slice key = q->header[AUTHORIZATION], scheme = slice_split(&key, ' '), host = q->header[HOST];
+    slice origin = q->header[ORIGIN], site = origin;
+    bool keep = q->keep, proved = slice_eqcase(scheme, S("Bearer")) && key_is(&api.key, slice_trim(key));
     if (slice_eq(q->path, S("/health")) && q->length == 0) return true;
     api.c = c;
     api.q = q;
     q->keep = false;   /* a body may be on its way */
-    const char *end = memchr(host.p, bracket ? ']' : ':', host.len);
-    slice port = end != NULL ? slice_cut(host, (size_t)(end - host.p) + bracket) : S("");
-    host = slice_cut(slice_take(host, host.len - port.len - (bracket && end != NULL)), bracket);
-    bool here = slice_eqcase(host, S("localhost")) || slice_eq(host, S("::1")) ||
-                (addr_parse(host, &a) && addr_is_v4(&a) && a.ip[12] == 127);
-    here = here && (end != NULL || !bracket) &&
-           (port.len == 0 || (*port.p == ':' && slice_number(slice_cut(port, 1), 10) >= 0));
-    bool proved = slice_eqcase(scheme, S("Bearer")) && key_is(&api.key, slice_trim(key));
     if (api.key.len > 0 && !proved)
         return api_fail("401 Unauthorized", "unauthorized", "the key is missing or wrong (--admin-key-file)");
-    if (api.key.len == 0 && !here && !c->peer.local && h[HOST].len > 0)
+    if (api.key.len == 0 && !c->peer.local && host.len > 0 && !api_is_here(host))
         return api_fail("403 Forbidden", "forbidden", "Host must be 127.x.x.x, [::1] or localhost");
-    slice site = slice_starts(origin, S("https://")) ? slice_cut(origin, 8)
-               : slice_starts(origin, S("http://")) ? slice_cut(origin, 7) : S("");
-    if (origin.len > 0 && (site.len == 0 || !slice_eqcase(site, h[HOST])))
+    slice_split(&site, '/');   /* http: or https: */
+    bool web = slice_starts(origin, S("http://")) || slice_starts(origin, S("https://"));
+    if (origin.len > 0 && !(web && slice_eqcase(slice_cut(site, 1), host)))
         return api_fail("403 Forbidden", "forbidden", "pages of other sites are not answered (Origin)");
-    slice type = h[CONTENT_TYPE];
-    if (origin.len > 0 && post && !slice_eqcase(slice_trim(slice_split(&type, ';')), S("application/json")))
+    if (origin.len > 0 && slice_eq(q->method, S("POST")) && !slice_eqcase(api_type(q), S("application/json")))
         return api_fail("415 Unsupported Media Type", "bad_request", "pages must send application/json");
     q->keep = keep;
     return true;
 }
 
-/* Reads the fields of a query, form or JSON object. False, after an answer: it is none. */
-static bool api_read(void) {
+/* ---- What is asked for. ---- */
+
+/* Reads the fields of a JSON object. Of the message also an array or object is taken, as it is. */
+static bool api_read_json(slice body) {
     struct json_field f[API_FIELDS];
-    slice type = api.q->header[CONTENT_TYPE], rest = api.q->query, body = api.q->body;
-    size_t where;
+    size_t at;
+    for (int i = 0; i < API_FIELDS; i++) f[i] = (struct json_field){.name = api_names[i]};
+    const char *why = json_pick(body, f, API_FIELDS, &at);
+    if (why != NULL) return api_fail(BAD, "bad_request", "byte %zu: %s", at, why);
     for (int i = 0; i < API_FIELDS; i++) {
-        f[i] = (struct json_field){.name = api_names[i]};
-        api.given[i] = false;
-        buf_clear(&api.value[i]);
+        slice raw = f[i].raw;
+        api.given[i] = raw.p != NULL && *raw.p != 'n';   /* null is as good as nothing */
+        if (json_text(raw, &api.value[i])) continue;
+        if (i != A_MESSAGE || (*raw.p != '{' && *raw.p != '[')) return api_bad("%s must be text", api_names[i]);
+        api.raw = raw;
     }
+    return true;
+}
+
+/* Reads the fields of the request: of its query if it is a GET, else of its body. False, after an
+ * answer: they cannot be read. */
+static bool api_read(void) {
+    slice body = api.q->body, rest = api.q->query;
+    struct buf value = {0};
+    bool post = slice_eq(api.q->method, S("POST"));
+    for (int i = 0; i < API_FIELDS; i++) api.given[i] = false, buf_clear(&api.value[i]);
     api.raw = S("");
-    if (slice_eq(api.q->method, S("POST"))) rest = body;
-    type = slice_trim(slice_split(&type, ';'));
-    bool form = rest.p != body.p || slice_eqcase(type, S("application/x-www-form-urlencoded"));
-    if (!form || slice_starts(body, S("{"))) {   /* curl calls everything a form */
-        const char *why = json_pick(body, f, API_FIELDS, &where);
-        if (why != NULL) return api_fail(BAD, "bad_request", "byte %zu: %s", where, why);
-        for (int i = 0; i < API_FIELDS; i++) {
-            slice raw = f[i].raw;
-            api.given[i] = raw.p != NULL && *raw.p != 'n';
-            bool ok = json_text(raw, &api.value[i]);
-            if (!ok && i == A_MESSAGE && (*raw.p == '{' || *raw.p == '[')) api.raw = raw;
-            else if (!ok) return api_fail(BAD, "bad_field", "%s must be text", api_names[i]);
-        }
-        return true;
-    }
-    for (struct buf value = {0}; form_each(&rest, '&', &api.name, &value) || (buf_free(&value), false);)
+    bool form = slice_eqcase(api_type(api.q), S("application/x-www-form-urlencoded"));
+    if (post && (!form || slice_starts(body, S("{")))) return api_read_json(body);   /* curl calls all a form */
+    if (post) rest = body;
+    while (form_each(&rest, '&', &api.name, &value))
         for (int i = 0; i < API_FIELDS; i++) {
             if (!slice_eq(buf_slice(&api.name), slice_of(api_names[i]))) continue;
             buf_clear(&api.value[i]);
             buf_add(&api.value[i], buf_slice(&value));
             api.given[i] = true;
         }
+    buf_free(&value);
     for (int i = 0; i < API_FIELDS; i++)
-        if (!utf8_valid(api_value(i))) return api_fail(BAD, "bad_field", "%s is not UTF-8", api_names[i]);
+        if (!utf8_valid(api_value(i))) return api_bad("%s is not UTF-8", api_names[i]);
     return true;
 }
 
 /* The client that was asked for; NULL after an answer. */
 static struct client *api_client(void) {
     struct client *cl = client_find(api_value(A_CLIENT));
-    if (!api.given[A_CLIENT]) return api_bad("client_id is missing"), NULL;
     if (cl != NULL && !cl->c->closing) return cl;
-    api_fail("404 Not Found", "no_such_client", "client_id: nobody of that id is here");
+    if (!api.given[A_CLIENT]) api_bad("client_id is missing");
+    else api_fail("404 Not Found", "no_such_client", "client_id: nobody of that id is here");
     return NULL;
 }
 
-/* The room or inbox that was asked for; NULL after an answer. */
+/* The room or inbox that was asked for, made if need be; NULL after an answer. */
 static struct room *api_room(enum api_field field) {
     slice name = api_value(field);
-    if (name.len > ROOM_MAX_BYTES)
-        return api_fail(BAD, "too_long", "%s is longer than %d bytes", api_names[field], ROOM_MAX_BYTES), NULL;
-    if (!name_ok(name))
-        return api_fail(BAD, "bad_field", "%s must be 1 to %d bytes of text, and not 0", api_names[field],
-                        ROOM_MAX_BYTES), NULL;
-    struct room *r = room_open(field == A_ROOM ? S("rooms/") : S("users/"), name);
-    if (r == NULL) api_fail(UNAVAILABLE, "limit", "there are %u rooms (--max-rooms)", opt.max_rooms);
+    bool ok = name_ok(name);
+    struct room *r = ok ? room_open(field == A_ROOM ? S("rooms/") : S("users/"), name) : NULL;
+    if (!ok) api_fail(BAD, name.len > ROOM_MAX_BYTES ? "too_long" : "bad_field",
+                      "%s must be 1 to %d bytes of text, and not 0", api_names[field], ROOM_MAX_BYTES);
+    else if (r == NULL) api_fail(UNAVAILABLE, "limit", "there are %u rooms (--max-rooms)", opt.max_rooms);
     else if (r->past->unknown) api_fail(UNAVAILABLE, "storage", "the history cannot be read now");
     return r == NULL || r->past->unknown ? NULL : r;
 }
 
 /* False, after an answer: not one and only one of these fields is there. */
 static bool api_target(enum api_field a, enum api_field b, enum api_field c) {
-    if (api.given[a] + api.given[b] + api.given[c] == 1) return true;
-    api_fail(BAD, "bad_field", "one of %s, %s and %s is needed", api_names[a], api_names[b], api_names[c]);
-    return false;
+    return api.given[a] + api.given[b] + api.given[c] == 1 ||
+           api_bad("one of %s, %s and %s is needed", api_names[a], api_names[b], api_names[c]);
 }
 
+/* ---- The calls. ---- */
+
+/* /api/send: text becomes a `say` that is remembered, as if somebody had said it; JSON is for
+ * programs, and only for those that are there. */
 static bool api_send(void) {
-    char id[ID_BYTES + 3];
+    char id[ID_BYTES + 1];
     if (!api_target(A_ROOM, A_UID, A_CLIENT)) return false;
     if (!api.given[A_MESSAGE]) return api_bad("message is missing");
     if (api.value[A_MESSAGE].len > opt.max_message || api.raw.len > opt.max_message)
@@ -6403,39 +6388,42 @@ static bool api_send(void) {
     if (api.raw.len > 0) {
         if (cl != NULL) client_tell(cl, api.raw, false);
         else room_publish(r, api.raw, NULL);
-        return api_done_count("sent", cl != NULL ? 1 : room_clients(r));
+        return api_done("sent", cl != NULL ? 1 : room_clients(r));
     }
     slice name = api.given[A_NAME] ? api_value(A_NAME) : S("system");
     if (name.len > NAME_MAX_BYTES || !is_text(name, ' ', ' ')) return api_bad("name is no text of at most 64 bytes");
-    if (!chat_announce(r, cl, name, api_value(A_MESSAGE), id + 1))
+    if (!chat_announce(r, cl, name, api_value(A_MESSAGE), id))
         return api_fail(UNAVAILABLE, "storage", "the message could not be stored, and nobody got it");
-    if (cl != NULL) return api_done_count("sent", 1);
-    id[0] = id[ID_BYTES + 1] = '"';
-    return api_done("id", (slice){id, ID_BYTES + 2});
+    if (cl != NULL) return api_done("sent", 1);
+    buf_add(&api.json, S("{\"ok\":true"));
+    json_add(&api.json, "id", slice_of(id));
+    buf_addc(&api.json, '}');
+    return api_reply("200 OK", "");
 }
 
-/* /api/bind, /api/unbind */
+/* /api/bind, /api/unbind: who a client is, for the site. */
 static bool api_bind(void) {
     struct client *cl = api_client();
     bool bind = slice_eq(api.q->path, S("/api/bind"));
     if (cl == NULL || (bind && api_room(A_UID) == NULL)) return false;
     client_identify(cl, bind ? api_value(A_UID) : S(""));
-    return api_done(NULL, S(""));
+    return api_done(NULL, 0);
 }
 
-/* /api/join, /api/leave */
+/* /api/join, /api/leave: in which rooms it is, besides that of its login. */
 static bool api_join(void) {
     struct client *cl = api_client();
     struct room *r = cl != NULL ? api_room(A_ROOM) : NULL;
     bool join = slice_eq(api.q->path, S("/api/join"));
-    struct member *m = r == NULL ? NULL : join ? client_join(cl, r, KEPT_ROOMS) : room_member(r, cl->c);
     if (r == NULL) return false;
+    struct member *m = join ? client_join(cl, r, KEPT_ROOMS) : room_member(r, cl->c);
     if (join && m == NULL)
         return api_fail("409 Conflict", "limit", "this client is in %d rooms already", ROOMS_PER_CLIENT - KEPT_ROOMS);
     if (!join && m != NULL) gateway_leave(cl, m);
-    return api_done(NULL, S(""));
+    return api_done(NULL, 0);
 }
 
+/* /api/kick: a client, or all connections of a user. */
 static bool api_kick(void) {
     struct set set = set_new();
     if (api.given[A_CLIENT] == api.given[A_UID]) return api_bad("one of client_id and uid is needed");
@@ -6446,9 +6434,10 @@ static bool api_kick(void) {
         if (api.given[A_MESSAGE]) client_tell(cl, api.raw.len > 0 ? api.raw : api_value(A_MESSAGE), false);
         ws_close(cl->c, WS_KICKED, "kicked by the back end");
     }
-    return api_done_count("kicked", set.n);
+    return api_done("kicked", set.n);
 }
 
+/* /api/push: to phones, whether somebody is connected or not. */
 static bool api_push(void) {
     slice text = api_value(api.given[A_MESSAGE] ? A_MESSAGE : A_MSG);
     struct buf token = {0}, key = {0};
@@ -6459,68 +6448,58 @@ static bool api_push(void) {
         return api_bad("this is no room or user");
     if (api.given[A_TOKEN] && !token_parse(api_value(A_TOKEN), &token))
         return buf_free(&token), api_bad("this is no device_token");
-    if (api.given[A_ROOM]) buf_add(&key, S("rooms/")), buf_add(&key, api_value(A_ROOM));
+    if (api.given[A_ROOM]) buf_printf(&key, "rooms/%.*s", F(api_value(A_ROOM)));
     uint32_t n = push_show(buf_slice(&token), api_value(A_UID), buf_slice(&key), text);
     buf_free(&token);
     buf_free(&key);
-    return api_done_count("phones", n);
+    return api_done("phones", n);
 }
 
-/* ---- What is asked for by GET. ---- */
-
-static void api_describe(struct buf *b, const struct client *cl) {
-    buf_addc(b, '{');
-    json_add(b, "client_id", client_key(cl));
-    if (cl->name != NULL) json_add(b, "name", slice_of(cl->name));
-    if (cl->seat != NULL) json_add(b, "room", room_name(cl->seat->room));
-    if (cl->uid != NULL) json_add(b, "uid", slice_of(cl->uid));
-    json_add(b, "address", slice_of(addr_text(&cl->c->peer)));
-    json_name(b, "groups");
-    buf_addc(b, '[');
-    for (const struct member *m = cl->c->joined; m != NULL; m = m->also) {
-        if (m == cl->inbox) continue;
-        json_comma(b);
-        json_quote(b, room_name(m->room));
-    }
-    buf_add(b, S("]}"));
-}
-
+/* /api/clients: all, or those of a room or user; one a line. */
 static bool api_clients(void) {
+    struct buf *b = &api.json;
     struct set set = set_new();
     if (api.given[A_ROOM]) set_add_room(&set, S("rooms/"), api_value(A_ROOM));
     else if (api.given[A_UID]) set_add_room(&set, S("users/"), api_value(A_UID));
     else set_add_all(&set);
-    buf_clear(&api.json);
-    buf_add(&api.json, S("{\"clients\":["));
+    buf_add(b, S("{\"clients\":["));
     for (const struct client *cl = set.first; cl != NULL; cl = cl->next_in_set) {
-        if (cl != set.first) buf_add(&api.json, S(",\n"));
-        api_describe(&api.json, cl);
+        json_comma(b);
+        buf_add(b, S("\n{"));
+        json_add(b, "client_id", client_key(cl));
+        if (cl->name != NULL) json_add(b, "name", slice_of(cl->name));
+        if (cl->seat != NULL) json_add(b, "room", room_name(cl->seat->room));
+        if (cl->uid != NULL) json_add(b, "uid", slice_of(cl->uid));
+        json_add(b, "address", slice_of(addr_text(&cl->c->peer)));
+        json_name(b, "groups");
+        buf_addc(b, '[');
+        for (const struct member *m = cl->c->joined; m != NULL; m = m->also)
+            if (m != cl->inbox) json_comma(b), json_quote(b, room_name(m->room));
+        buf_add(b, S("]}"));
     }
-    buf_add(&api.json, S("]}"));
-    return api_answer();
+    buf_add(b, S("]}"));
+    return api_reply("200 OK", "");
 }
 
+/* /api/rooms: those that somebody is in; one a line. */
 static bool api_rooms(void) {
-    struct buf *b = &api.json;
-    void **all = rooms_all();
     char id[ID_BYTES + 1];
-    buf_clear(b);
+    struct buf *b = &api.json;
     buf_add(b, S("{\"rooms\":["));
-    for (size_t i = 0; all[i] != NULL; i++) {
-        const struct room *r = all[i];
-        if (room_clients(r) == 0 || !slice_starts(room_key(r), S("rooms/"))) continue;
+    for (struct room *r = NULL; (r = room_next(r)) != NULL;) {
         history_newest(r->past, id);
-        buf_add(b, b->p[b->off + b->len - 1] != '[' ? S(",\n{") : S("{"));
+        json_comma(b);
+        buf_add(b, S("\n{"));
         json_add(b, "room", room_name(r));
         buf_printf(b, ",\"clients\":%zu", room_clients(r));
         json_add(b, "id", slice_of(id));
         buf_addc(b, '}');
     }
     buf_add(b, S("]}"));
-    free(all);
-    return api_answer();
+    return api_reply("200 OK", "");
 }
 
+/* /api/history: as the chat answers it. */
 static bool api_history(void) {
     struct room *r = api_room(A_ROOM);
     if (r == NULL) return false;
@@ -6528,11 +6507,10 @@ static bool api_history(void) {
     int64_t at = api.given[A_BEFORE] ? past_before(r, api_value(A_BEFORE)) : (int64_t)r->past->end;
     int64_t count = api.given[A_COUNT] ? slice_number(api_value(A_COUNT), 10) : 50;
     if (at < 0) return api_bad("before must be the id of a message of this room");
-    if (count < 1 || count > HISTORY_MAX) return api_bad("count must be a number from 1 to 200");
-    buf_clear(&api.json);
+    if (count < 1 || count > HISTORY_MAX) return api_bad("count must be a number from 1 to %d", HISTORY_MAX);
     past_last(&api.json, r, (uint64_t)at, count);
     buf_addc(&api.json, '}');
-    return api_answer();
+    return api_reply("200 OK", "");
 }
 
 /* Answers the administrator what begins with /api/. False: it is something else. */
