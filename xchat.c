@@ -5321,14 +5321,6 @@ static void php_array(struct buf *b, size_t n, struct buf *pairs) {
     buf_free(pairs);
 }
 
-/* Appends a number as JSON. False for INF and the like, of which JSON has none. */
-static bool php_number_json(slice text, struct buf *b) {
-    struct json j = {text, NULL};
-    if (!json_number(&j) || j.rest.len > 0) return false;
-    for (size_t i = 0; i < text.len; i++) buf_addc(b, lower(text.p[i]));
-    return true;
-}
-
 /* Appends a value as json_encode() writes it, where a list is an array and all other arrays are
  * objects. False: there is no JSON for it, and what was appended is of no use. */
 static bool php_json(slice s, struct buf *b) {
@@ -5349,7 +5341,9 @@ static bool php_json(slice s, struct buf *b) {
         else if (v.type == 'b') buf_add(b, *v.text.p == '1' ? S("true") : S("false"));
         else if (v.type == '}') buf_addc(b, in[w.depth + 1] == 'l' ? ']' : '}');
         else if (v.type == 'i' || v.type == 'd') {
-            if (!php_number_json(v.text, b)) return false;
+            struct json j = {v.text, NULL};   /* which has no INF, for example */
+            if (!json_number(&j) || j.rest.len > 0) return false;
+            for (size_t i = 0; i < v.text.len; i++) buf_addc(b, lower(v.text.p[i]));
         } else {
             in[w.depth] = v.type == 'a' && php_is_list(w.rest, v.pairs) ? 'l' : v.type;
             buf_addc(b, in[w.depth] == 'l' ? '[' : '{');
@@ -5406,7 +5400,7 @@ static struct {
     char address_text[24];     /* ...and as the register does */
     uint16_t port;             /* of the chat */
     int64_t join_ms;           /* not before then: connect to it; or say that we live */
-    struct buf text;           /* what is sent; a session */
+    struct buf text, session;  /* a message, a session, if they had to be written */
     struct buf name;           /* a value of JSON, decoded */
     struct buf json;           /* ext_data of the packet at hand... */
     slice ext[9];              /* ...and what is inside of its arrays and objects: enum ext */
@@ -5615,27 +5609,29 @@ static bool name_ok(slice s) {
     return s.len > 0 && s.len <= ROOM_MAX_BYTES && !slice_eq(s, S("0")) && utf8_valid(s) && is_text(s, ' ', ' ');
 }
 
-/* Writes the session of a client: what the back end has set, and what a login since then has
- * changed. Pages expect the room as the login had it, as a number or as text. */
-static void session_get(const struct client *cl, struct buf *b) {
+/* The session of a client, until the next is asked for: what the back end has set, and what a login
+ * since then has changed. Pages expect the room as the login had it, as a number or as text. */
+static slice session_get(const struct client *cl) {
     slice stored = buf_slice(&cl->session);
     struct buf login = {0}, pairs = {0};
-    bool newer = cl->seat != NULL && (stored.len == 0 || cl->newer);
-    if (newer) {
-        php_string(&pairs, S("room_id"));
-        (cl->number_room ? php_key : php_string)(&pairs, room_name(cl->seat->room));
-        php_pair(&pairs, "client_name", slice_of(cl->name));
-        php_array(&login, 2, &pairs);
-    }
-    if (newer && slice_starts(stored, S("a:"))) php_merge(stored, buf_slice(&login), b);
-    else buf_add(b, newer ? buf_slice(&login) : stored);
+    if (cl->seat == NULL || (stored.len > 0 && !cl->newer)) return stored;
+    php_string(&pairs, S("room_id"));
+    (cl->number_room ? php_key : php_string)(&pairs, room_name(cl->seat->room));
+    php_pair(&pairs, "client_name", slice_of(cl->name));
+    php_array(&login, 2, &pairs);
+    buf_clear(&backend.session);
+    if (slice_starts(stored, S("a:"))) php_merge(stored, buf_slice(&login), &backend.session);
+    else buf_add(&backend.session, buf_slice(&login));
     buf_free(&login);
+    return buf_slice(&backend.session);
 }
 
-/* The session is this from now on. It must not be a slice of the old one. */
+/* The session is this from now on. */
 static void session_keep(struct client *cl, slice session) {
+    struct buf copy = {0};
+    buf_add(&copy, session);
     buf_free(&cl->session);
-    buf_add(&cl->session, session);
+    cl->session = copy;
     cl->newer = false;
 }
 
@@ -5675,17 +5671,16 @@ static void session_set(struct client *cl, slice session) {
  * shown a secret may store one. */
 static void session_order(struct client *cl, slice session, bool update) {
     bool objects = backend.key.len > 0, plain = !update && memchr(session.p, ':', session.len) == NULL;
-    struct buf *old = &backend.text, merged = {0};
+    slice old = update ? session_get(cl) : S("");
+    struct buf merged = {0};
     if (session.len > SESSION_MAX || !(php_valid(session, objects) || plain)) {
         log_warn("gateway: a session is refused: it is too long, no PHP value, or has objects in it");
         return;
     }
-    buf_clear(old);
-    if (update) session_get(cl, old);
-    bool merge = old->len > 0, arrays = *session.p == 'a' && slice_starts(buf_slice(old), S("a:"));
-    if (merge && arrays) php_merge(buf_slice(old), session, &merged);
+    bool arrays = *session.p == 'a' && slice_starts(old, S("a:"));
+    if (arrays) php_merge(old, session, &merged);
     if (merged.len > SESSION_MAX) log_warn("gateway: a session would be longer than %d bytes", SESSION_MAX);
-    else if (!merge || arrays) session_set(cl, merge ? buf_slice(&merged) : session);
+    else if (arrays || old.len == 0) session_set(cl, arrays ? buf_slice(&merged) : session);
     buf_free(&merged);
 }
 
@@ -5823,9 +5818,7 @@ static void gateway_tell(const struct packet *p, struct client *cl) {
 /* Takes a client out of a room. If it was the one it speaks in, its session stays what it is. */
 static void gateway_leave(struct client *cl, struct member *m) {
     if (cl->seat == m) {
-        buf_clear(&backend.text);
-        session_get(cl, &backend.text);
-        session_keep(cl, buf_slice(&backend.text));
+        session_keep(cl, session_get(cl));
         cl->seat = NULL;
     }
     room_leave(m);
@@ -5856,13 +5849,6 @@ static void gateway_do(const struct packet *p, struct client *cl) {
 
 /* ---- Replies. Each appends one PHP value. ---- */
 
-static void reply_session(struct buf *b, const struct client *cl) {
-    struct buf session = {0};
-    session_get(cl, &session);
-    php_string(b, buf_slice(&session));
-    buf_free(&session);
-}
-
 /* A client's groups, as SELECT has them: null for one that never was in any. */
 static void reply_groups(struct buf *b, const struct client *cl) {
     struct buf pairs = {0};
@@ -5883,7 +5869,7 @@ static void reply_fields(struct buf *b, const struct client *cl) {
     size_t n = 0;
     for (slice name, rest = backend.ext[FIELDS_WANTED]; pairs.len <= ANSWER_MAX && ext_each(&rest, &name); n++) {
         php_key(&pairs, name);
-        if (slice_eq(name, S("session"))) reply_session(&pairs, cl);
+        if (slice_eq(name, S("session"))) php_string(&pairs, session_get(cl));
         else if (slice_eq(name, S("uid")) && cl->uid != NULL) php_string(&pairs, slice_of(cl->uid));
         else if (slice_eq(name, S("groups"))) reply_groups(&pairs, cl);
         else buf_add(&pairs, S("N;"));
@@ -5911,7 +5897,7 @@ static void reply_clients(struct buf *b, const struct packet *p) {
         if (p->cmd == GET_CLIENT_ID_BY_UID) buf_printf(&pairs, "i:%zu;", n);
         buf_printf(&pairs, "i:%u;", cl->number);
         if (p->cmd == SELECT) reply_fields(&pairs, cl);
-        else if (p->cmd != GET_CLIENT_ID_BY_UID) reply_session(&pairs, cl);
+        else if (p->cmd != GET_CLIENT_ID_BY_UID) php_string(&pairs, session_get(cl));
     }
     php_array(b, n, &pairs);
 }
@@ -5957,7 +5943,7 @@ static bool gateway_ask(const struct packet *p, const struct client *cl, struct 
         return true;
     case GET_GROUP_ID_LIST: reply_rooms(b); return true;
     case GET_SESSION_BY_CLIENT_ID:
-        if (cl != NULL) session_get(cl, b);
+        if (cl != NULL) buf_add(b, session_get(cl));
         if (b->len == 0) buf_add(b, cl != NULL ? S("a:0:{}") : S("N;"));
         return true;
     default: return false;
@@ -5970,7 +5956,6 @@ static bool gateway_ask(const struct packet *p, const struct client *cl, struct 
  * or else the one with the fewest clients. False: it has none, and the chat has to deal with it. */
 static bool worker_event(struct client *cl, int event, slice body) {
     const struct addr *peer = &cl->c->peer;
-    struct buf session = {0};
     if (!cl->taken) return false;
     struct peer *best = NULL, *p = cl->worker == NULL ? worker_next(NULL, true) : NULL;
     for (; p != NULL; p = worker_next(p, true))
@@ -5979,7 +5964,7 @@ static bool worker_event(struct client *cl, int event, slice body) {
     if (cl->worker == NULL) return false;
     struct buf *b = &cl->worker->c->out;
     if (b->len > WORKER_BACKLOG) conn_lost(cl->worker->c, "a worker that does not read");
-    session_get(cl, &session);
+    slice session = session_get(cl);
     buf_be(b, PACKET_HEAD + session.len + body.len, 4);
     buf_be(b, (uint64_t)event, 1);
     buf_add(b, (slice){(const char *)backend.address, sizeof backend.address});
@@ -5989,9 +5974,8 @@ static bool worker_event(struct client *cl, int event, slice body) {
     buf_be(b, event == ON_WEBSOCKET ? 0 : PLAIN_TEXT, 1);
     buf_be(b, backend.port, 2);
     buf_be(b, session.len, 4);
-    buf_add(b, buf_slice(&session));
+    buf_add(b, session);
     buf_add(b, body);
-    buf_free(&session);
     conn_touch(cl->worker->c);
     if (event == ON_CLOSE) cl->worker->clients--;
     return true;
