@@ -5438,7 +5438,7 @@ struct peer {
     struct conn *c;
     struct peer *next;
     bool gateway;          /* it is connected to that */
-    bool known;            /* it has shown the secret, or needs not */
+    bool known;            /* there it has shown the secret, or needs not */
     bool worker;           /* and wants to be told of clients, or, at the register, of addresses */
     uint32_t clients;      /* of this worker */
     struct buf name;       /* the key of a worker; the address of a gateway, at the register */
@@ -5529,7 +5529,6 @@ static const char *register_line(struct conn *c, slice line) {
     if (json_is(f[0].raw, "ping")) return NULL;
     if (!gateway && !worker) return "unknown event";
     if (!key_is(&backend.key, json_get(f[2].raw, &backend.name))) return "wrong secret key";
-    peer->known = true;
     peer->worker |= worker;
     if (worker) return register_list(c), NULL;
     if (json_get(f[1].raw, &peer->name).len == 0) return "no address";
@@ -5981,19 +5980,22 @@ static bool worker_event(struct client *cl, int event, slice body) {
     return true;
 }
 
-/* Takes a pair "name=value" off a form, a query or cookies, and decodes it (URL Standard,
- * application/x-www-form-urlencoded). False: there is none. */
+/* Undoes what application/x-www-form-urlencoded does (URL Standard), into an emptied buffer. */
+static void form_decode(slice s, struct buf *b) {
+    buf_clear(b);
+    for (size_t i = 0; i < s.len; i++) {
+        int64_t code = s.p[i] == '%' && s.len - i > 2 ? slice_number((slice){s.p + i + 1, 2}, 16) : -1;
+        buf_addc(b, code >= 0 ? (char)code : s.p[i] == '+' ? ' ' : s.p[i]);
+        if (code >= 0) i += 2;
+    }
+}
+
+/* Takes a pair "name=value" off a form, a query or cookies, and decodes both. False: there is none. */
 static bool form_each(slice *rest, char mark, struct buf *name, struct buf *value) {
     if (rest->len == 0) return false;
-    slice pair = slice_trim(slice_split(rest, mark)), part = slice_split(&pair, '=');
-    for (struct buf *b = name; b != NULL; b = b == name ? value : NULL, part = pair) {
-        buf_clear(b);
-        for (size_t i = 0; i < part.len; i++) {
-            int64_t code = part.p[i] == '%' && part.len - i > 2 ? slice_number((slice){part.p + i + 1, 2}, 16) : -1;
-            buf_addc(b, code >= 0 ? (char)code : part.p[i] == '+' ? ' ' : part.p[i]);
-            i += code >= 0 ? 2 : 0;
-        }
-    }
+    slice pair = slice_trim(slice_split(rest, mark)), head = slice_split(&pair, '=');
+    form_decode(head, name);
+    form_decode(pair, value);
     return true;
 }
 
