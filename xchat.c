@@ -5191,6 +5191,12 @@ static bool php_digits(slice s) {
     return n > 0 && n <= 19 && n == s.len;
 }
 
+/* A float that JSON has as well; it has no INF and NAN. */
+static bool php_float(slice s) {
+    struct json j = {s, NULL};
+    return json_number(&j) && j.rest.len == 0;
+}
+
 /* Takes this character off the front, if it is there. */
 static bool php_skip(slice *s, char c) {
     bool ok = s->len > 0 && *s->p == c;
@@ -5211,7 +5217,9 @@ static bool php_read(slice *s, struct php *v) {
         if (memchr(s->p, ';', s->len) == NULL) return false;
         v->text = slice_split(s, ';');
         if (v->type == 'b') return slice_eq(v->text, S("0")) || slice_eq(v->text, S("1"));
-        return v->type == 'i' ? php_digits(v->text) : v->text.len > 0 && v->text.len < 32;
+        if (v->type == 'i') return php_digits(v->text);
+        slice size = slice_starts(v->text, S("-")) ? slice_cut(v->text, 1) : v->text;
+        return php_float(v->text) || slice_eq(size, S("INF")) || slice_eq(v->text, S("NAN"));
     }
     int64_t n = slice_number(slice_split(s, ':'), 10);
     if (v->type != 'a') {
@@ -5341,8 +5349,7 @@ static bool php_json(slice s, struct buf *b) {
         else if (v.type == 'b') buf_add(b, *v.text.p == '1' ? S("true") : S("false"));
         else if (v.type == '}') buf_addc(b, in[w.depth + 1] == 'l' ? ']' : '}');
         else if (v.type == 'i' || v.type == 'd') {
-            struct json j = {v.text, NULL};   /* which has no INF, for example */
-            if (!json_number(&j) || j.rest.len > 0) return false;
+            if (!php_float(v.text)) return false;
             for (size_t i = 0; i < v.text.len; i++) buf_addc(b, lower(v.text.p[i]));
         } else {
             in[w.depth] = v.type == 'a' && php_is_list(w.rest, v.pairs) ? 'l' : v.type;
@@ -5484,8 +5491,8 @@ static void peer_tick(struct conn *c) {
 
 /* ---- The register. ---- */
 
-/* Sends the list of all gateways, us first. Two of them may say that they have the same address;
- * it is listed once, since PHP would send everything twice. */
+/* Sends the list of all gateways, us first. Two may say that they have the same address, or that
+ * they have ours; it is listed once, since PHP would send everything twice. */
 static void register_list(struct conn *c) {
     struct buf *b = &c->out;
     if (b->len > WORKER_BACKLOG) conn_lost(c, "a worker that does not read");
@@ -5495,7 +5502,8 @@ static void register_list(struct conn *c) {
         const struct peer *same = backend.peers;
         slice name = buf_slice(&p->name);
         while (same != p && (same->gateway || !slice_eq(buf_slice(&same->name), name))) same = same->next;
-        if (p->gateway || name.len == 0 || same != p) continue;
+        bool ours = opt.gateway != NULL && slice_eq(name, slice_of(backend.address_text));
+        if (p->gateway || name.len == 0 || ours || same != p) continue;
         json_comma(b);
         json_quote(b, name);
     }
