@@ -675,6 +675,7 @@ static void json_comma(struct buf *b) {
     if (last != '{' && last != '[') buf_addc(b, ',');
 }
 
+/* The key of a member, and its colon; the value is up to the caller. */
 static void json_name(struct buf *b, const char *name) {
     json_comma(b);
     json_quote(b, slice_of(name));
@@ -2822,6 +2823,7 @@ static struct room *room_get(slice space, slice name, bool make) {
     return r;
 }
 
+/* The two ways to ask for one: a room to be in, or to speak in; a room to look at. */
 static struct room *room_open(slice space, slice name) { return room_get(space, name, true); }
 static struct room *room_find(slice space, slice name) { return room_get(space, name, false); }
 
@@ -4467,7 +4469,7 @@ struct client {
     uint32_t number;        /* the second half of its id */
     uint32_t mark;          /* chapter 10's: whether it is in a set of clients, and that one */
     struct client *prev, *next;   /* in order of coming */
-    struct client *next_in_set;
+    struct client *next_in_set;   /* chapter 10's: behind it in that set */
     struct buf session;     /* as the back end set it, in PHP's words */
     bool newer;             /* but there was a login since then */
     bool taken;             /* it is served by a worker, if there is one... */
@@ -4943,9 +4945,8 @@ static bool chat_announce(struct room *r, struct client *to, slice name, slice t
     bool inbox = r != NULL && slice_starts(room_key(r), S("users/"));
     chat.ref = S("");
     *id = '\0';
-    if (to != NULL) chat_write_say(&nobody, "to_client_id", client_key(to), says_to_you);
-    else if (inbox) chat_write_say(&nobody, "to_uid", room_name(r), says_to_you);
-    else chat_write_say(&nobody, "to_client_id", S("all"), S(""));
+    slice whom = to != NULL ? client_key(to) : inbox ? room_name(r) : S("all");
+    chat_write_say(&nobody, inbox ? "to_uid" : "to_client_id", whom, to != NULL || inbox ? says_to_you : S(""));
     free(nobody.name);
     if (to != NULL) return client_tell(to, chat_end(), false), true;
     chat_publish(r);
@@ -5261,6 +5262,7 @@ static bool php_take(slice *s, bool objects) {
     return w.depth == 0 && w.left[0] == 0;
 }
 
+/* Is this one value, and nothing behind it? */
 static bool php_valid(slice s, bool objects) { return php_take(&s, objects) && s.len == 0; }
 
 /* What is inside the brackets of an array that was checked; nothing, if it is none. */
@@ -5302,6 +5304,7 @@ static bool php_is_list(slice rest, int64_t pairs) {
 
 /* ---- Writing them. An array begins with the number of its pairs, so these are gathered first. ---- */
 
+/* Bytes as they are: their number makes quotes inside harmless. */
 static void php_string(struct buf *b, slice s) {
     buf_printf(b, "s:%zu:\"", s.len);
     buf_add(b, s);
@@ -5316,6 +5319,7 @@ static void php_key(struct buf *b, slice s) {
     else php_string(b, s);
 }
 
+/* A key that is a name, and text. */
 static void php_pair(struct buf *b, const char *name, slice value) {
     php_string(b, slice_of(name));
     php_string(b, value);
@@ -5511,6 +5515,7 @@ static void register_list(struct conn *c) {
     conn_touch(c);
 }
 
+/* Tells all who have asked, on every change; they stay connected for that. */
 static void register_broadcast(void) {
     for (struct peer *p = NULL; (p = worker_next(p, false)) != NULL;) register_list(p->c);
 }
@@ -5577,6 +5582,7 @@ static const struct proto register_proto = {
 /* It has nothing to say that we would want to know. */
 static ssize_t join_feed(struct conn *c, char *p, size_t n) { return (void)c, (void)p, (ssize_t)n; }
 
+/* `closed`: the register forgets us at once, and we come back in a second. */
 static void join_closed(struct conn *c) {
     c->eof = true;
     backend.joined = NULL;
@@ -5701,6 +5707,7 @@ struct set {
     uint32_t mark;   /* of who was ever added */
 };
 
+/* An empty one. */
 static struct set set_new(void) { return (struct set){.mark = ++backend.mark}; }
 
 /* Adds a client, unless that is NULL, going, or was added before. */
@@ -5718,6 +5725,7 @@ static void set_add_room(struct set *set, slice space, slice name) {
     for (struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) set_add(set, m->c->state);
 }
 
+/* Adds all clients, the oldest first. */
 static void set_add_all(struct set *set) {
     for (struct client *cl = NULL; (cl = client_next(cl)) != NULL;) set_add(set, cl);
 }
@@ -5733,10 +5741,11 @@ static struct client *gateway_client(int64_t number) {
 
 /* ---- Packets. ---- */
 
-struct packet {
+struct packet {        /* borrowed from what came */
     int cmd, flag;
-    uint32_t number;   /* of a client */
-    slice ext, body;
+    uint32_t number;   /* of the client that it is about, or 0 */
+    slice ext;         /* a group, a uid, a session, or JSON: enum ext */
+    slice body;        /* the message */
 };
 
 /* Fields of ext_data; LIST is all of it. ext_read() has their names. */
@@ -6205,6 +6214,7 @@ static struct {
     struct buf json;                   /* the answer being written; empty between requests */
 } api;
 
+/* The text of a field, until the next request; it may hold NULs. */
 static slice api_value(enum api_field field) { return buf_slice(&api.value[field]); }
 
 /* ---- Answers. What a call returns is of no interest: false is just what api_fail() returns, so
@@ -6265,7 +6275,8 @@ static bool api_is_here(slice host) {
     return here && (port.len == 0 || (*port.p == ':' && slice_number(slice_cut(port, 1), 10) >= 0));
 }
 
-static slice api_type(const struct request *q) {   /* without its parameters */
+/* The media type of a body, without parameters (charset=...). */
+static slice api_type(const struct request *q) {
     slice type = q->header[CONTENT_TYPE];
     return slice_trim(slice_split(&type, ';'));
 }
@@ -6335,7 +6346,7 @@ static bool api_read(void) {
         }
     buf_free(&value);
     for (int i = 0; i < API_FIELDS; i++)
-        if (!utf8_valid(api_value(i))) return api_bad("%s is not UTF-8", api_names[i]);
+        if (!utf8_valid(buf_slice(&api.value[i]))) return api_bad("%s is not UTF-8", api_names[i]);
     return true;
 }
 
