@@ -5195,7 +5195,7 @@ static bool php_digits(slice s) {
 /* A float that JSON has as well; it has no INF and NAN. */
 static bool php_float(slice s) {
     struct json j = {s, NULL};
-    return json_number(&j) && j.rest.len == 0;
+    return s.len < 32 && json_number(&j) && j.rest.len == 0;
 }
 
 /* Takes this character off the front, if it is there. */
@@ -5315,7 +5315,7 @@ static void php_string(struct buf *b, slice s) {
 static void php_key(struct buf *b, slice s) {
     char again[24] = "";
     if (php_digits(s)) memcpy(again, s.p, s.len), snprintf(again, sizeof again, "%lld", strtoll(again, NULL, 10));
-    if (slice_eq(slice_of(again), s)) buf_printf(b, "i:%s;", again);
+    if (s.len > 0 && slice_eq(slice_of(again), s)) buf_printf(b, "i:%s;", again);
     else php_string(b, s);
 }
 
@@ -6016,13 +6016,15 @@ static bool form_each(slice *rest, char mark, struct buf *name, struct buf *valu
     return true;
 }
 
-/* Appends such pairs as a PHP array. */
+/* Appends such pairs as a PHP array; those without a name are left out, as PHP does. */
 static void php_form(struct buf *b, slice rest, char mark) {
     struct buf name = {0}, value = {0}, pairs = {0};
     size_t n = 0;
-    for (; form_each(&rest, mark, &name, &value); n++) {
+    while (form_each(&rest, mark, &name, &value)) {
+        if (name.len == 0) continue;
         php_key(&pairs, buf_slice(&name));
         php_string(&pairs, buf_slice(&value));
+        n++;
     }
     php_array(b, n, &pairs);
     buf_free(&name), buf_free(&value);

@@ -1350,6 +1350,20 @@ def handshakes(s, name, raw):
     worker.event(ON_CLOSE)
 
 
+@gateway(rows=[("query", "/?a=1&&=2&b=3&", ""), ("cookies", "/?a=1&b=3", "Cookie: ; =2; c=4;")])
+def pairs_without_a_name(s, name, target, cookie):
+    """PHP has no such variables, and no array has such a key."""
+    worker, client = Worker(s, "w:1").fence(), Http(s)
+    client.send(get(target, "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+                    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", *filter(None, [cookie])))
+    worker.event(ON_CONNECT)
+    body = worker.event(ON_HANDSHAKE).body.decode()
+    check(body.startswith('a:3:{s:3:"get";' + php({"a": "1", "b": "3"})), body)
+    check(body.endswith('s:6:"cookie";' + php({"c": "4"} if cookie else {}) + "}"), body)
+    check(worker.ask(BATCH_COUNT, ext='["",1]') == 'a:2:{s:0:"";i:0;i:1;i:0;}')
+    client.close()
+
+
 @gateway()
 def workers_share(s):
     """Who has the fewest clients gets the next; if it leaves another takes over, and at last the chat itself."""
