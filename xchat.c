@@ -5449,7 +5449,7 @@ struct peer {
     struct conn *c;
     struct peer *next;
     bool gateway;          /* it is connected to that */
-    bool known;            /* there it has shown the secret, or needs not */
+    bool known;            /* it has shown the secret, or needs not */
     bool worker;           /* and wants to be told of clients, or, at the register, of addresses */
     uint32_t clients;      /* of this worker */
     struct buf name;       /* the key of a worker; the address of a gateway, at the register */
@@ -5542,6 +5542,7 @@ static const char *register_line(struct conn *c, slice line) {
     if (json_is(f[0].raw, "ping")) return NULL;
     if (!gateway && !worker) return "unknown event";
     if (!key_is(&backend.key, json_get(f[2].raw, &backend.name))) return "wrong secret key";
+    peer->known = true;
     peer->worker |= worker;
     if (worker) return register_list(c), NULL;
     if (json_get(f[1].raw, &peer->name).len == 0) return "no address";

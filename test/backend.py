@@ -1362,6 +1362,7 @@ def pairs_without_a_name(s, name, target, cookie):
     check(body.endswith('s:6:"cookie";' + php({"c": "4"} if cookie else {}) + "}"), body)
     check(worker.ask(BATCH_COUNT, ext='["",1]') == 'a:2:{s:0:"";i:0;i:1;i:0;}')
     client.close()
+    worker.event(ON_CLOSE)
 
 
 @gateway()
