@@ -39,7 +39,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     rooms.unsaid = chat_unsaid;
     loop.flush = rooms_flush;
     page_init();
-    chat_init(7272);
+    backend_init((const uint8_t[]){127, 0, 0, 1}, 2300, 7272);
     snprintf(dir, sizeof dir, "%s/xchat-fuzz-XXXXXX", access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp");
     if (mkdtemp(dir) == NULL || atexit(clean) != 0) abort();
     listener = xcalloc(sizeof *listener);
@@ -340,7 +340,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     size_t step = (size_t)(data[0] & 0x3f) + 1;
     struct conn *c = connect_one();
     if ((data[0] & 0x80) != 0) {   /* skip the upgrade, which random bytes never pass */
-        page_site.upgraded(c);
+        page_site.upgraded(c, &(struct request){0});
         if ((data[0] & 0x40) != 0) {   /* and the frames too */
             chat_message(c, S("{\"type\":\"login\",\"client_name\":\"fuzz\",\"room_id\":\"1\"}"));
             chat_message(c, (slice){(const char *)data + 1, size - 1});

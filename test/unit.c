@@ -719,12 +719,13 @@ static void tape_request(struct conn *c, const struct request *q) {
     http_reply(c, q, "200 OK", S(""), S("body"));
 }
 
-static void tape_upgraded(struct conn *c) {
+static void tape_upgraded(struct conn *c, const struct request *q) {
+    (void)q;
     c->proto = &tape_proto;
     c->state = &tape_ws;
 }
 
-static struct site tape_site = {tape_request, tape_upgraded};
+static struct site tape_site = {tape_request, tape_upgraded, 0, NULL};
 static struct conn tape_listener = {.state = &tape_site};
 
 enum { EACH_BYTE = -1, WHOLE = 0 };
@@ -1023,7 +1024,7 @@ static struct conn *person(int i, size_t takes) {
 }
 
 static struct member *join(const char *room, struct conn *c) {
-    return room_join(room_open(S("rooms/"), slice_of(room)), c);
+    return room_join(room_open(S("rooms/"), slice_of(room)), c, ROOMS_PER_CLIENT);
 }
 
 static void say(const char *room, const char *text, struct member *except) {
@@ -1233,7 +1234,7 @@ static void test_too_slow_to_go(void) {
 
 static struct conn *chatter(int i) {
     struct conn *c = wire_open(i, NULL, NULL);
-    chat_upgraded(c);
+    chat_upgraded(c, &(struct request){0});
     return c;
 }
 
@@ -1754,7 +1755,7 @@ int main(int argc, char **argv) {
     rooms.by_name.key = room_key;
     rooms.unsaid = chat_unsaid;
     loop.flush = rooms_flush;
-    chat_init(7272);
+    backend_init((const uint8_t[]){127, 0, 0, 1}, 2300, 7272);
     tape_proto = chat_proto;
     tape_proto.message = tape_message, tape_proto.closed = tape_closed, tape_proto.tick = NULL;
     tape_proto.refill = NULL;
