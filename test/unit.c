@@ -514,6 +514,41 @@ static void test_json_text(void) {
     }
 }
 
+/* Items of what is inside brackets: key=value, each with a space behind it. */
+static void test_json_each(void) {
+    static const struct {
+        const char *inside, *items;
+    } cases[] = {
+        {"", ""}, {" \t|", ""}, {"1", "=1 "}, {"1,2", "=1 =2 "}, {" 1 |,\t2 ", "=1 =2 "}, {"''", "='' "},
+        {"[]", "=[] "}, {"{},[],[[]]", "={} =[] =[[]] "}, {"[1,[2,{'a':3}]],4", "=[1,[2,{'a':3}]] =4 "},
+        {"'a,b','c]','{'", "='a,b' ='c]' ='{' "}, {"'\\'',1,'\\\\',2", "='\\'' =1 ='\\\\' =2 "},
+        {"'\\u0022,',3", "='\\u0022,' =3 "}, {"-1.5e+3,true,null", "=-1.5e+3 =true =null "},
+        {"'a':1", "'a'=1 "}, {"'a':1,'b':[2,3],'':{'d':{}}", "'a'=1 'b'=[2,3] ''={'d':{}} "},
+        {" 'k' : 'v:w' |, 'l'\t:\tnull ", "'k'='v:w' 'l'=null "}, {"'[':'}',']':'{'", "'['='}' ']'='{' "},
+        {"'\\':':{'\\'}':[']']}", "'\\':'={'\\'}':[']']} "}, {"['\\\\'],['\\']']", "=['\\\\'] =['\\']'] "},
+        {"[ 1 , 2 ], { 'a' : 'b' }", "=[ 1 , 2 ] ={ 'a' : 'b' } "}, {"'~'", "='~' "},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct buf b = {0};
+        slice key, value;
+        for (slice rest = spelled(cases[i].inside); json_each(&rest, &key, &value);)
+            buf_printf(&b, "%.*s=%.*s ", F(key), F(value));
+        check_text(cases[i].inside, buf_slice(&b), spelled(cases[i].items));
+        buf_free(&b);
+    }
+    struct buf b = {0};   /* what takes the square of its length would take hours here */
+    slice key, value;
+    for (unsigned i = 0; i < 1000000; i++) buf_add(&b, i % 2 == 0 ? S("1,") : S("[\"x\"],"));
+    size_t n = 0;
+    for (slice rest = slice_take(buf_slice(&b), b.len - 1); json_each(&rest, &key, &value); n++) continue;
+    CHECK(n == 1000000, "of a million %zu", n);
+    struct buf one = {0};
+    buf_printf(&one, "[%.*s0]", F(buf_slice(&b)));
+    slice rest = buf_slice(&one);
+    CHECK(json_each(&rest, &key, &value) && value.len == one.len && rest.len == 0, "one that holds a million");
+    buf_free(&b), buf_free(&one);
+}
+
 /* What is quoted is valid, and reads back the same. */
 static void test_json_quote(void) {
     static const char *const some[] = {
@@ -604,6 +639,31 @@ static void test_tables(void) {
         free(t.slot);
     }
     CHECK(wrapped > 100 && moved > 1000, "too easy: %u wrapped, %u moved", wrapped, moved);
+}
+
+static int letter_order(const void *a, const void *b) {
+    const char *const *x = a, *const *y = b;
+    return **x - **y;
+}
+
+/* All that is in a table, in order, whatever was added and removed; and nothing behind it. */
+static void test_table_all(void) {
+    static char letters[] = "qwertyuiopasdfghjklzxcvbnm";
+    struct table t = {.key = letter_key};
+    for (size_t n = 0; n <= 26; n++) {
+        char seen[27] = "", want[27] = "";
+        void **all = table_all(&t, n % 2 == 0 ? letter_order : NULL);
+        for (size_t i = 0; all[i] != NULL && i < 26; i++) seen[i] = *(char *)all[i];
+        if (n % 2 != 0) qsort(seen, strlen(seen), 1, (int (*)(const void *, const void *))strcmp);
+        for (char c = 'a'; c <= 'z'; c++)
+            if (table_find(&t, (slice){&c, 1}) != NULL) want[strlen(want)] = c;
+        check_text("letters", slice_of(seen), slice_of(want));
+        CHECK(strlen(want) == (n > 10 ? n - 1 : n), "%zu letters", n);
+        free(all);
+        if (n == 10) table_remove(&t, S("w"));
+        if (n < 26) table_add(&t, &letters[n]);
+    }
+    free(t.slot);
 }
 
 /* ---- 5. HTTP and WebSocket: addresses ---- */
@@ -1213,6 +1273,51 @@ static void test_rooms_random(void) {
     check_empty();
 }
 
+/* A room is found only in its own space and under its whole name, and made only if that is wanted
+ * and there may be one more. */
+static void test_room_get(void) {
+    char name[ROOM_MAX_BYTES + 1];
+    memset(name, 'n', sizeof name);
+    slice longest = {name, ROOM_MAX_BYTES}, longer = {name, ROOM_MAX_BYTES + 1};
+    CHECK(room_find(S("rooms/"), S("a")) == NULL && rooms.by_name.n == 0, "found, or made by looking");
+    struct room *a = room_open(S("rooms/"), S("a")), *user = room_open(S("users/"), S("a"));
+    CHECK(a != NULL && user != NULL && a != user, "two spaces");
+    CHECK(room_open(S("rooms/"), S("a")) == a && room_find(S("users/"), S("a")) == user, "found again");
+    check_text("key", room_key(user), S("users/a"));
+    check_text("name", room_name(a), S("a"));
+    CHECK(room_find(S("rooms/"), S("a\0")) == NULL && room_find(S("rooms/"), S("")) == NULL, "part of a name");
+    CHECK(room_open(S("rooms/"), longer) == NULL && room_find(S("rooms/"), longer) == NULL, "too long a name");
+    CHECK(room_open(S("rooms/"), longest) != NULL, "the longest name");
+    opt.max_rooms = 4;
+    struct room *last = room_open(S("rooms/"), S("b"));
+    CHECK(last != NULL && room_open(S("rooms/"), S("c")) == NULL && room_open(S("rooms/"), S("a")) == a, "--max-rooms");
+    void **all = rooms_all();
+    CHECK(all[0] == a && all[1] == user && all[3] == last && all[4] == NULL, "not the oldest first");
+    free(all);
+    loop_settle();
+    check_empty();
+}
+
+/* Who is in several rooms hears what is said to them in that order, even within one round. */
+static void test_rooms_order(void) {
+    struct conn *c = person(0, SIZE_MAX), *slow = person(1, 3);
+    static const char *const said[] = {"a1", "b1", "a2", "c1", "c2", "b2", "a3"};
+    struct buf want = {0};
+    for (int i = 0; i < 3; i++)
+        join((const char *[]){"c", "a", "b"}[i], c), join((const char *[]){"a", "b", "c"}[i], slow);
+    for (size_t i = 0; i < COUNT(said); i++) {
+        room_publish_next(room_open(S("rooms/"), (slice){said[i], 1}), slice_of(said[i]));
+        buf_printf(&want, "%s|", said[i]);
+        if (i == 4) loop_settle();
+    }
+    loop_settle();
+    check_text("in order", heard(&wires[0].out, 0), buf_slice(&want));
+    wire_drain(slow, SIZE_MAX);
+    CHECK(heard(&wires[1].out, 0).len == want.len, "who is slow has lost something");
+    wire_close(c), wire_close(slow), buf_free(&want);
+    check_empty();
+}
+
 /* ---- With a clock that we set ---- */
 
 /* Who does not take the last words, or does not go, is cut off after CLOSE_MS. */
@@ -1416,6 +1521,285 @@ static void test_silence(void) {
         }
         check_text("seconds", buf_slice(&got), slice_of(cases[i].want));
         wire_close(c), buf_free(&got);
+    }
+}
+
+/* ---- 10. Back end: PHP values ---- */
+
+/* A value cut anywhere is none, whatever lies behind the cut; nothing of that may be read. */
+static void check_php_cut(slice whole, bool objects) {
+    for (size_t cut = 0; cut < whole.len; cut++) {
+        char *exact = memcpy(xcalloc(cut + 1), whole.p, cut);
+        ASAN_POISON_MEMORY_REGION(exact + cut, 1);
+        CHECK(!php_valid((slice){exact, cut}, objects), "%s, cut to %zu bytes", show(whole), cut);
+        ASAN_UNPOISON_MEMORY_REGION(exact + cut, 1);
+        for (const char *behind = "{};:\"0"; *behind != '\0'; behind++) {
+            exact[cut] = *behind;
+            CHECK(!php_valid((slice){exact, cut}, objects), "%s, cut to %zu bytes, behind it %c", show(whole),
+             cut, *behind);
+        }
+        free(exact);
+    }
+}
+
+/* Valid with objects, valid without. Invalid ones stay so inside an array. */
+static void test_php_valid(void) {
+    static const char *const plain[] = {
+        "N;", "b:0;", "b:1;", "i:0;", "i:-5;", "i:9223372036854775807;", "i:-9223372036854775808;", "d:0.1;", "d:-0;",
+        "d:1.5E+300;", "d:INF;", "d:-INF;", "d:NAN;", "s:0:'';", "s:3:'abc';", "s:3:'';}';", "s:3:'@|';", "a:0:{}",
+        "a:1:{i:0;N;}", "a:2:{i:0;i:1;s:1:'a';a:1:{i:-5;a:0:{}}}", "a:1:{s:4:'a:1:';s:3:'{};';}",
+        "s:4:'\xe4\xbd\xa0\xff';",
+    }, *const objects[] = {
+        "O:8:'stdClass':0:{}", "O:8:'stdClass':1:{s:1:'x';i:1;}", "a:1:{i:0;O:1:'A':1:{s:4:'@A@p';a:0:{}}}",
+    }, *const none[] = {
+        "", ";", "N", "N:;", "n;", "b;", "b:2;", "b:;", "b:00;", "b:t;", "i:;", "i:-;", "i:1.0;", "i: 1;", "i:1 ;",
+        "i:0x1;", "i:--1;", "i:10000000000000000000;", "d:;", "d:12345678901234567890123456789012;", "s:1:'';",
+        "s:2:'a';", "s:0:';", "s:-1:'a';", "s:1:a;", "s:1:'a'", "s:1;'a';", "s:+1:'a';", "s: 1:'a';", "s:1:~a~;",
+        "s::'';", "s:1:'ab';", "S:1:'a';", "s:18446744073709551615:'a';", "s:18446744073709551617:'a';",
+        "s:4294967297:'a';", "s:999999999999999:'a';", "s:9223372036854775807:'a';", "a:1:{}", "a:0:{N;}", "a:0:{",
+        "a:0:}", "a:0;", "a:1:{N;}", "a:1:{i:0;}", "a:-1:{}", "a:1:{i:0;N;i:1;N;}", "a:2:{i:0;N;}", "a:1:{N;N;}",
+        "a:1:{b:1;N;}", "a:1:{d:1;N;}", "a:1:{a:0:{}N;}", "a:1:[i:0;N;]", "a:1:{i:0;N; }", "a::{}",
+        "a:18446744073709551617:{i:0;N;}", "a:9223372036854775808:{}", "a:4294967297:{i:0;N;}",
+        "a:999999999999999:{i:0;N;}", "a:4611686018427387904:{}", "C:1:'A':0:{}", "E:3:'A:B';", "R:1;", "r:1;",
+        "o:1:{}", "O:8:'stdClass':1:{}", "O:8:'stdClass';", "O:8:'stdClass'", "O:8:'stdClass':",
+        "O:9:'stdClass':0:{}", "O:0::0:{}", "O:-1:'A':0:{}", "O:+1:'A':0:{}", "P:1;", "@;", "@:1;", "@:@;",
+        "\xff:1;", "U:1:'a';", ":;", "::;", "}", "{}",
+    };
+    for (size_t i = 0; i < COUNT(plain); i++) {
+        slice s = spelled(plain[i]);
+        CHECK(php_valid(s, false) && php_valid(s, true), "%s: refused", show(s));
+        check_php_cut(s, true);
+        struct buf two = {0};
+        buf_add(&two, s), buf_add(&two, s);
+        slice rest = buf_slice(&two);
+        CHECK(!php_valid(rest, true), "%s, twice", show(s));
+        CHECK(php_take(&rest, true) && slice_eq(rest, s), "%s: not one taken of two", show(s));
+        buf_free(&two);
+    }
+    for (size_t i = 0; i < COUNT(objects); i++) {
+        slice s = spelled(objects[i]);
+        CHECK(php_valid(s, true) && !php_valid(s, false), "%s: an object", show(s));
+        check_php_cut(s, true);
+    }
+    for (size_t i = 0; i < COUNT(none); i++) {
+        struct buf in = {0};
+        slice s = spelled(none[i]);
+        CHECK(!php_valid(s, true) && !php_valid(s, false), "%s: accepted", show(s));
+        buf_printf(&in, "a:1:{i:0;%.*s}", F(s));
+        if (s.len > 0) CHECK(!php_valid(buf_slice(&in), true), "%s: accepted in an array", show(s));
+        buf_free(&in);
+    }
+}
+
+/* Arrays, objects or both, so deep inside each other. */
+static slice php_nested(struct buf *b, unsigned deep, char kind, const char *inner) {
+    buf_clear(b);
+    for (unsigned i = 0; i < deep; i++)
+        buf_add(b, kind == 'a' || (kind == 'b' && i % 2 == 0) ? S("a:1:{s:1:\"k\";") : S("O:1:\"A\":1:{s:1:\"k\";"));
+    buf_add(b, slice_of(inner));
+    for (unsigned i = 0; i < deep; i++) buf_addc(b, '}');
+    return buf_slice(b);
+}
+
+static void test_php_depth(void) {
+    struct buf b = {0}, json = {0};
+    for (const char *kind = "aOb"; *kind != '\0'; kind++)
+        for (unsigned deep = 1; deep <= PHP_DEPTH + 2; deep++) {
+            slice s = php_nested(&b, deep, *kind, "i:7;");
+            bool good = deep <= PHP_DEPTH;
+            CHECK(php_valid(s, true) == good, "%c, %u deep", *kind, deep);
+            CHECK(php_json(s, &json) == good, "%c, %u deep, as JSON", *kind, deep);
+            s = php_nested(&b, deep, *kind, "a:0:{}");
+            CHECK(php_valid(s, true) == (deep < PHP_DEPTH), "%c, %u deep, and an empty one", *kind, deep);
+            buf_clear(&json);
+        }
+    buf_clear(&b);
+    for (unsigned i = 0; i < 1000000; i++) buf_add(&b, S("a:1:{i:0;"));
+    CHECK(!php_valid(buf_slice(&b), true), "a million deep");
+    buf_clear(&b);
+    buf_add(&b, S("a:1000000:{"));
+    for (unsigned i = 0; i < 1000000; i++) buf_printf(&b, "i:%u;N;", i);
+    buf_addc(&b, '}');
+    CHECK(php_valid(buf_slice(&b), false), "a million long");
+    buf_free(&b), buf_free(&json);
+}
+
+/* What looks like an integer of 64 bits, as PHP itself would write it, is one. */
+static void test_php_key(void) {
+    static const struct {
+        const char *key, *want;
+    } cases[] = {
+        {"0", "i:0;"}, {"77", "i:77;"}, {"-5", "i:-5;"}, {"", "s:0:'';"}, {"-", "s:1:'-';"}, {"-0", "s:2:'-0';"},
+        {"01", "s:2:'01';"}, {"00", "s:2:'00';"}, {"-01", "s:3:'-01';"}, {"+1", "s:2:'+1';"}, {" 1", "s:2:' 1';"},
+        {"1 ", "s:2:'1 ';"}, {"1.0", "s:3:'1.0';"}, {"1e3", "s:3:'1e3';"}, {"--1", "s:3:'--1';"},
+        {"1-", "s:2:'1-';"}, {"9223372036854775807", "i:9223372036854775807;"},
+        {"9223372036854775808", "s:19:'9223372036854775808';"}, {"-9223372036854775807", "i:-9223372036854775807;"},
+        {"-9223372036854775808", "i:-9223372036854775808;"},
+        {"-9223372036854775809", "s:20:'-9223372036854775809';"},
+        {"10000000000000000000", "s:20:'10000000000000000000';"},
+        {"9999999999999999999", "s:19:'9999999999999999999';"}, {"1@", "s:2:'1@';"}, {"a", "s:1:'a';"},
+        {"'", "s:1:''';"}, {"123456789012345678901234567890", "s:30:'123456789012345678901234567890';"},
+        {"\xe4\xbd\xa0", "s:3:'\xe4\xbd\xa0';"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct buf b = {0};
+        php_key(&b, spelled(cases[i].key));
+        check_text(cases[i].key, buf_slice(&b), spelled(cases[i].want));
+        buf_free(&b);
+    }
+}
+
+/* What json_encode() of PHP makes of what unserialize() gives it. */
+static void test_php_json(void) {
+    static const struct {
+        const char *php, *json;   /* NULL: there is none */
+    } cases[] = {
+        {"N;", "null"}, {"b:1;", "true"}, {"b:0;", "false"}, {"i:-5;", "-5"},
+        {"i:9223372036854775807;", "9223372036854775807"}, {"d:0.5;", "0.5"}, {"d:1;", "1"}, {"d:-0;", "-0"},
+        {"d:0.0001;", "0.0001"}, {"d:1.0E-5;", "1.0e-5"}, {"d:1.0E+17;", "1.0e+17"}, {"d:1.5E+300;", "1.5e+300"},
+        {"d:1.2345678901234568E+17;", "1.2345678901234568e+17"}, {"d:INF;", NULL}, {"d:-INF;", NULL}, {"d:NAN;", NULL},
+        {"a:1:{i:0;d:NAN;}", NULL}, {"d:abc;", NULL}, {"d:1E;", NULL}, {"d:0x10;", NULL}, {"d:-;", NULL},
+        {"d:1,2;", NULL}, {"d:.;", NULL}, {"s:0:'';", "''"}, {"s:3:'a/b';", "'a\\/b'"},
+        {"s:9:''\\\b\f\n\r\t\x01\x7f';", "'\\'\\\\\\b\\f\\n\\r\\t\\u0001\x7f'"}, {"s:2:'@~';", "'\\u0000~'"},
+        {"s:9:'\xc3\xa9\xe4\xbd\xa0\xf0\x9f\x98\x80';", "'\xc3\xa9\xe4\xbd\xa0\xf0\x9f\x98\x80'"},
+        {"s:1:'\xff';", NULL}, {"s:3:'\xed\xa0\x80';", NULL}, {"s:5:'[1,2]';", "'[1,2]'"},
+        {"a:1:{s:1:'\xff';N;}", NULL}, {"a:0:{}", "[]"}, {"a:2:{i:0;i:1;i:1;i:2;}", "[1,2]"},
+        {"a:2:{i:1;i:1;i:0;i:2;}", "{'1':1,'0':2}"}, {"a:1:{i:1;s:1:'a';}", "{'1':'a'}"},
+        {"a:2:{i:0;s:1:'a';i:2;s:1:'b';}", "{'0':'a','2':'b'}"}, {"a:1:{i:-1;N;}", "{'-1':null}"},
+        {"a:2:{i:0;N;s:1:'1';N;}", "{'0':null,'1':null}"}, {"a:1:{s:3:'a/'';i:1;}", "{'a\\/\\'':1}"},
+        {"a:1:{s:0:'';N;}", "{'':null}"}, {"a:1:{s:1:'b';a:1:{s:1:'c';a:0:{}}}", "{'b':{'c':[]}}"},
+        {"a:1:{i:0;a:1:{i:0;a:0:{}}}", "[[[]]]"},
+        {"a:3:{i:0;a:1:{i:0;i:1;}i:1;a:1:{i:1;i:1;}i:2;i:3;}", "[[1],{'1':1},3]"},
+        {"a:2:{i:0;s:1:'[';i:1;s:1:'{';}", "['[','{']"}, {"a:2:{s:1:'[';i:1;s:1:'{';i:2;}", "{'[':1,'{':2}"},
+        {"a:1:{s:1:'@';i:1;}", "{'\\u0000':1}"}, {"O:8:'stdClass':0:{}", "{'__PHP_Incomplete_Class_Name':'stdClass'}"},
+        {"O:8:'stdClass':2:{s:1:'a';i:1;s:1:'b';a:1:{i:0;i:1;}}",
+         "{'__PHP_Incomplete_Class_Name':'stdClass','a':1,'b':[1]}"},
+        {"O:1:'A':3:{s:1:'p';i:1;s:4:'@*@q';i:2;s:4:'@A@r';a:1:{i:0;i:3;}}",
+         "{'__PHP_Incomplete_Class_Name':'A','p':1}"},
+        {"a:2:{i:0;O:1:'A':2:{s:4:'@A@r';O:1:'B':0:{}s:1:'p';i:1;}i:1;i:2;}",
+         "[{'__PHP_Incomplete_Class_Name':'A','p':1},2]"},
+        {"C:1:'A':0:{}", NULL}, {"R:1;", NULL}, {"", NULL}, {"N;N;", NULL}, {"@:1;", NULL}, {"a:1:{i:0;@:1;}", NULL},
+        {"a:5:{s:4:'type';s:3:'arr';s:1:'u';s:5:'\xe4\xbd\xa0/'';s:1:'n';a:5:{i:0;i:1;i:1;d:2.5;i:2;N;i:3;b:1;"
+         "i:4;d:0.1;}s:1:'e';a:0:{}s:1:'o';O:8:'stdClass':1:{s:1:'p';i:1;}}",
+         "{'type':'arr','u':'\xe4\xbd\xa0\\/\\'','n':[1,2.5,null,true,0.1],'e':[],"
+         "'o':{'__PHP_Incomplete_Class_Name':'stdClass','p':1}}"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct buf b = {0};
+        bool ok = php_json(spelled(cases[i].php), &b);
+        CHECK(ok == (cases[i].json != NULL), "%s: %s", cases[i].php, ok ? "accepted" : "refused");
+        if (ok && cases[i].json != NULL) check_text(cases[i].php, buf_slice(&b), spelled(cases[i].json));
+        if (ok) {
+            struct buf whole = {0};
+            buf_printf(&whole, "{\"v\":%.*s}", F(buf_slice(&b)));
+            CHECK(json_ok(buf_slice(&whole)), "%s is no JSON", show(buf_slice(&b)));
+            buf_free(&whole);
+        }
+        buf_free(&b);
+    }
+}
+
+static void check_merge(slice old, slice add, slice want) {
+    struct buf b = {0};
+    char name[80];
+    snprintf(name, sizeof name, "%.30s + %.30s", show(old), show(add));
+    php_merge(old, add, &b);
+    check_text(name, buf_slice(&b), want);
+    CHECK(php_valid(buf_slice(&b), true), "%s: no PHP value", name);
+    buf_free(&b);
+}
+
+/* What array_replace_recursive() of PHP makes of two arrays. */
+static void test_php_merge(void) {
+    static const struct {
+        const char *old, *add, *want;
+    } cases[] = {
+        {"a:0:{}", "a:0:{}", "a:0:{}"},
+        {"a:1:{s:1:'a';i:1;}", "a:0:{}", "a:1:{s:1:'a';i:1;}"},
+        {"a:0:{}", "a:1:{s:1:'a';i:1;}", "a:1:{s:1:'a';i:1;}"},
+        {"a:3:{s:1:'a';i:1;s:1:'b';i:2;s:1:'c';i:3;}", "a:1:{s:1:'b';s:1:'x';}",
+         "a:3:{s:1:'a';i:1;s:1:'b';s:1:'x';s:1:'c';i:3;}"},
+        {"a:3:{s:1:'a';i:1;s:1:'b';i:2;s:1:'c';i:3;}", "a:3:{s:1:'c';i:4;s:1:'b';i:5;s:1:'a';i:6;}",
+         "a:3:{s:1:'a';i:6;s:1:'b';i:5;s:1:'c';i:4;}"},
+        {"a:2:{s:1:'a';i:1;s:1:'b';i:2;}", "a:2:{s:1:'c';i:3;s:1:'a';a:1:{i:0;i:1;}}",
+         "a:3:{s:1:'a';a:1:{i:0;i:1;}s:1:'b';i:2;s:1:'c';i:3;}"},
+        {"a:1:{s:1:'a';a:3:{i:0;i:1;i:1;i:2;i:2;i:3;}}", "a:1:{s:1:'a';a:1:{i:0;i:9;}}",
+         "a:1:{s:1:'a';a:3:{i:0;i:9;i:1;i:2;i:2;i:3;}}"},
+        {"a:1:{s:1:'a';a:1:{i:0;i:1;}}", "a:1:{s:1:'a';a:2:{i:1;i:2;i:0;i:3;}}",
+         "a:1:{s:1:'a';a:2:{i:0;i:3;i:1;i:2;}}"},
+        {"a:1:{s:1:'a';a:1:{i:0;i:1;}}", "a:1:{s:1:'a';i:5;}", "a:1:{s:1:'a';i:5;}"},
+        {"a:1:{s:1:'a';i:5;}", "a:1:{s:1:'a';a:1:{i:0;i:1;}}", "a:1:{s:1:'a';a:1:{i:0;i:1;}}"},
+        {"a:1:{i:5;s:1:'a';}", "a:2:{i:5;s:1:'b';i:6;s:1:'c';}", "a:2:{i:5;s:1:'b';i:6;s:1:'c';}"},
+        {"a:2:{i:0;i:1;i:1;i:2;}", "a:1:{i:2;i:3;}", "a:3:{i:0;i:1;i:1;i:2;i:2;i:3;}"},
+        {"a:1:{s:1:'a';a:2:{s:1:'b';a:2:{s:1:'c';i:1;s:1:'d';i:2;}s:1:'e';i:3;}}",
+         "a:2:{s:1:'a';a:1:{s:1:'b';a:2:{s:1:'d';a:1:{i:0;i:4;}s:1:'f';i:5;}}s:1:'g';a:0:{}}",
+         "a:2:{s:1:'a';a:2:{s:1:'b';a:3:{s:1:'c';i:1;s:1:'d';a:1:{i:0;i:4;}s:1:'f';i:5;}s:1:'e';i:3;}s:1:'g';"
+         "a:0:{}}"},
+        {"a:1:{s:1:'a';a:1:{s:1:'x';i:1;}}", "a:1:{s:1:'a';a:0:{}}", "a:1:{s:1:'a';a:1:{s:1:'x';i:1;}}"},
+        {"a:1:{s:1:'a';a:0:{}}", "a:1:{s:1:'a';a:1:{s:1:'x';i:1;}}", "a:1:{s:1:'a';a:1:{s:1:'x';i:1;}}"},
+        {"a:1:{s:1:'a';N;}", "a:2:{s:1:'a';N;s:1:'b';b:1;}", "a:2:{s:1:'a';N;s:1:'b';b:1;}"},
+        {"a:2:{s:0:'';i:1;s:2:'5a';i:2;}", "a:2:{s:2:'5a';d:0.5;s:0:'';d:-0;}", "a:2:{s:0:'';d:-0;s:2:'5a';d:0.5;}"},
+        {"a:2:{s:1:'a';a:2:{i:0;a:1:{i:0;i:1;}i:1;a:1:{i:0;i:2;}}s:1:'z';i:1;}",
+         "a:2:{s:1:'z';i:2;s:1:'a';a:1:{i:1;a:2:{i:0;i:3;i:1;i:4;}}}",
+         "a:2:{s:1:'a';a:2:{i:0;a:1:{i:0;i:1;}i:1;a:2:{i:0;i:3;i:1;i:4;}}s:1:'z';i:2;}"},
+        {"a:1:{s:1:'k';s:3:'}{;';}", "a:2:{s:1:'k';s:6:'';i:1;';s:1:'}';a:0:{}}",
+         "a:2:{s:1:'k';s:6:'';i:1;';s:1:'}';a:0:{}}"},
+        {"a:7:{s:1:'k';s:1:'v';s:1:'n';i:1;s:1:'f';d:1.5;s:1:'t';b:1;s:1:'z';N;s:1:'l';a:2:{i:0;i:1;i:1;i:2;"
+         "}s:1:'m';a:1:{s:1:'a';s:3:'\xe4\xbd\xa0';}}",
+         "a:4:{s:1:'n';i:2;s:1:'l';a:2:{i:1;s:3:'two';i:2;s:5:'three';}s:1:'m';a:1:{s:1:'b';b:0;}s:3:'new';"
+         "s:1:'x';}",
+         "a:8:{s:1:'k';s:1:'v';s:1:'n';i:2;s:1:'f';d:1.5;s:1:'t';b:1;s:1:'z';N;s:1:'l';a:3:{i:0;i:1;i:1;s:3:'two';"
+         "i:2;s:5:'three';}s:1:'m';a:2:{s:1:'a';s:3:'\xe4\xbd\xa0';s:1:'b';b:0;}s:3:'new';s:1:'x';}"},
+        {"a:1:{s:1:'a';a:1:{i:0;i:1;}}", "a:1:{s:1:'a';O:8:'stdClass':1:{s:1:'x';i:1;}}",
+         "a:1:{s:1:'a';O:8:'stdClass':1:{s:1:'x';i:1;}}"},
+        {"a:1:{s:1:'a';O:8:'stdClass':1:{s:1:'x';i:1;}}", "a:1:{s:1:'a';a:1:{i:0;i:1;}}",
+         "a:1:{s:1:'a';a:1:{i:0;i:1;}}"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++)
+        check_merge(spelled(cases[i].old), spelled(cases[i].add), spelled(cases[i].want));
+    struct buf old = {0}, add = {0}, want = {0};
+    php_nested(&old, PHP_DEPTH, 'a', "i:1;"), php_nested(&add, PHP_DEPTH, 'a', "i:2;");
+    check_merge(buf_slice(&old), buf_slice(&add), buf_slice(&add));
+    php_nested(&add, PHP_DEPTH - 1, 'a', "a:2:{s:1:\"k\";i:2;s:1:\"n\";N;}");   /* a pair more in the innermost */
+    check_merge(buf_slice(&old), buf_slice(&add), buf_slice(&add));
+    /* Many keys, in the same order and in the reversed one: the old order stays. */
+    for (int turn = 0; turn < 2; turn++) {
+        enum { MANY = 1000 };
+        buf_clear(&old), buf_clear(&add), buf_clear(&want);
+        buf_printf(&old, "a:%d:{", MANY), buf_printf(&add, "a:%d:{", MANY + 1), buf_printf(&want, "a:%d:{", MANY + 1);
+        for (int i = 0; i < MANY; i++) {
+            buf_printf(&old, "i:%d;N;", i);
+            buf_printf(&add, "i:%d;b:1;", turn == 0 ? i : MANY - 1 - i);
+            buf_printf(&want, "i:%d;b:1;", i);
+        }
+        buf_addc(&old, '}'), buf_add(&add, S("s:0:\"\";N;}")), buf_add(&want, S("s:0:\"\";N;}"));
+        check_merge(buf_slice(&old), buf_slice(&add), buf_slice(&want));
+    }
+    buf_free(&old), buf_free(&add), buf_free(&want);
+}
+
+static void test_form(void) {
+    static const struct {
+        const char *form, *pairs;   /* name=value and a space */
+        char mark;
+    } cases[] = {
+        {"", "", '&'}, {"a", "a= ", '&'}, {"a=", "a= ", '&'}, {"a=1", "a=1 ", '&'}, {"a=1&b=2", "a=1 b=2 ", '&'},
+        {"=", "= ", '&'}, {"=1", "=1 ", '&'}, {"a=b=c", "a=b=c ", '&'}, {"a=1&", "a=1 ", '&'}, {"&a", "= a= ", '&'},
+        {"a&&b", "a= = b= ", '&'}, {"&", "= ", '&'}, {"a+b=c+d", "a b=c d ", '&'}, {"a%20b=%2b", "a b=+ ", '&'},
+        {"%26=%3D", "&== ", '&'}, {"a=%e4%BD%a0", "a=\xe4\xbd\xa0 ", '&'}, {"a=%00b", "a=@b ", '&'},
+        {"a=%", "a=% ", '&'}, {"a=%2", "a=%2 ", '&'}, {"a=%2&b=0", "a=%2 b=0 ", '&'}, {"a=%zz", "a=%zz ", '&'},
+        {"a=%2z%41", "a=%2zA ", '&'}, {"a=%%41", "a=%A ", '&'}, {"a=%-1", "a=%-1 ", '&'}, {"a=%+1", "a=% 1 ", '&'},
+        {"a=%ff", "a=\xff ", '&'}, {"a=1;b=2", "a=1;b=2 ", '&'}, {"a=1; b=2;c", "a=1 b=2 c= ", ';'},
+        {"a=1&b", "a=1&b ", ';'}, {"a=1&a=2", "a=1 a=2 ", '&'},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct buf name = {0}, value = {0}, b = {0};
+        for (slice rest = spelled(cases[i].form); form_each(&rest, cases[i].mark, &name, &value);) {
+            buf_add(&b, buf_slice(&name)), buf_addc(&b, '=');
+            buf_add(&b, buf_slice(&value)), buf_addc(&b, ' ');
+        }
+        check_text(cases[i].form, buf_slice(&b), spelled(cases[i].pairs));
+        buf_free(&name), buf_free(&value), buf_free(&b);
     }
 }
 
@@ -1738,12 +2122,15 @@ static const struct {
     void (*run)(void);
 } tests[] = {
     TEST(slices), TEST(numbers), TEST(buffers), TEST(log), TEST(utf8), TEST(utf8_exhaustive),
-    TEST(json), TEST(json_wrong), TEST(json_depth), TEST(json_pick), TEST(json_text),
-    TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(cidr), TEST(callers),
+    TEST(json), TEST(json_wrong), TEST(json_depth), TEST(json_pick), TEST(json_text), TEST(json_each),
+    TEST(json_quote), TEST(html), TEST(tables), TEST(table_all), TEST(addresses), TEST(cidr), TEST(callers),
     TEST(http), TEST(forwarded), TEST(frames), TEST(frame_sizes),
     TEST(rooms_memory), TEST(rooms_stop), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
+    TEST(room_get), TEST(rooms_order),
     TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(replay), TEST(silence),
-    TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(push_who), TEST(option_ranges), TEST(option_forms),
+    TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(push_who), 
+    TEST(php_valid), TEST(php_depth), TEST(php_key), TEST(php_json), TEST(php_merge), TEST(form), TEST(option_ranges),
+     TEST(option_forms),
 };
 
 int main(int argc, char **argv) {
