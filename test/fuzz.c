@@ -1,12 +1,12 @@
 /* Fuzz target for everything that strangers can send: HTTP heads, WebSocket frames,
  * JSON and chat messages, through the same functions that the loop calls; what gateways
- * of push answer; and the files of a history and of devices, which a crash or a bad disk
- * may have damaged.
+ * of push answer; what back ends order; and the files of a history and of devices, which
+ * a crash or a bad disk may have damaged.
  *
  * The first byte of an input chooses how it travels; the rest is what one connection
  * sends, cut into reads of that size. The descriptor is -1: nothing is really written,
- * and the connection ends when something is sent. Or the rest is two files (0x40), or
- * push (0x60).
+ * and the connection ends when something is sent. Or the rest is two files (0x40), push
+ * (0x60), or back ends (0xe0).
  *
  *     clang -fsanitize=fuzzer,address,undefined test/fuzz.c -lssl -lcrypto
  */
@@ -327,16 +327,218 @@ static void fuzz_push(const uint8_t *data, size_t size) {
     opt.apns = NULL;
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    if (size < 1) return 0;
-    if ((data[0] & 0xe0) == 0x60) {
-        fuzz_push(data + 1, size - 1);
-        return 0;
+/* What back ends may send: packets to the gateway, lines to the register, requests to the
+ * administrator's site, while chat clients come and go. The first byte of a script says which
+ * secrets there are; then follow steps: an opcode and who it is about, a length, and as much that
+ * belongs to it. The first client has number 21, and clients 21 and 24 are in room 9 to begin with. */
+
+static const char *const api_paths[] = {
+    "send", "bind", "unbind", "join", "leave", "kick", "push", "clients", "rooms", "history",
+};
+
+/* The connection of this protocol that is meant, or a new one if there are not so many; chat clients are as
+ * if they had come from a page. All can be written to, and borrow their TLS. */
+static struct conn *one_of(const struct proto *proto, unsigned which) {
+    static struct conn peers = {.state = NULL};
+    unsigned n = 0;
+    for (uint32_t i = 0; i < loop.n; i++)
+        if (loop.conn[i]->proto == proto && !loop.conn[i]->closing && n++ == which) return loop.conn[i];
+    struct conn *c = conn_new(-1, proto, NULL, false);
+    c->ssl = shaken();
+    if (proto == &gateway_proto || proto == &register_proto) {
+        peers.state = (void *)(uintptr_t)proto;
+        peer_accepted(&peers, c);
+        return c;
     }
-    if ((data[0] & 0xc0) == 0x40) {
-        if (size > 4) fuzz_history(data + 1, size - 1);
-        return 0;
+    peers.state = proto == &http_proto ? (void *)(uintptr_t)&admin_site : (void *)(uintptr_t)&page_site;
+    http_accepted(&peers, c);
+    struct request upgrade = {.method = S("GET"), .target = S("/?a=1&b"), .path = S("/"), .query = S("a=1&b"),
+                              .lines = S("Host: h\r\nCookie: a=%41; =\r\n")};
+    for (int i = 0; i < HEADERS; i++) upgrade.header[i] = S("");
+    if (proto == &chat_proto) page_site.upgraded(c, &upgrade);
+    return c;
+}
+
+static void feed(struct conn *c, slice s, size_t step) {
+    while (s.len > 0 && !c->closing) {
+        size_t n = s.len < step ? s.len : step;
+        buf_add(&c->in, slice_take(s, n));
+        s = slice_cut(s, n);
+        if (!conn_paused(c)) conn_feed_kept(c);
     }
+}
+
+/* A client is in its rooms as they have it, speaks in one of them, and has the inbox of its user. */
+static void check_client(const struct client *cl) {
+    bool seat = cl->seat == NULL, inbox = cl->inbox == NULL;
+    if (cl->c->state != cl || cl->mark > backend.mark || (cl->inbox == NULL) != (cl->uid == NULL)) abort();
+    for (const struct member *m = cl->c->joined; m != NULL; m = m->also) {
+        const struct member *in = m->room->first;
+        while (in != NULL && in != m) in = in->next;
+        if (in == NULL || m->c != cl->c || m->cursor > m->room->end) abort();
+        if (table_find(&rooms.by_name, room_key(m->room)) != m->room) abort();
+        if (slice_starts(room_key(m->room), S("rooms/")) != (m != cl->inbox)) abort();
+        seat |= m == cl->seat, inbox |= m == cl->inbox;
+    }
+    if (!seat || !inbox || (cl->seat != NULL && cl->name == NULL) || room_count(cl->c) > ROOMS_PER_CLIENT) abort();
+    if (cl->uid != NULL && !slice_eq(room_name(cl->inbox->room), slice_of(cl->uid))) abort();
+    slice session = cl->desk != NULL ? buf_slice(&cl->desk->session) : S("");
+    if (session.len > SESSION_MAX + 1000) abort();
+    if (!php_valid(session, backend.key.len > 0) && memchr(session.p, ':', session.len) != NULL) abort();
+}
+
+/* Who is in a room knows of it; peers are all there, and have as many clients as say so. */
+static void check_backend(void) {
+    uint32_t n = 0, workers = 0;
+    for (const struct peer *p = backend.peers; p != NULL; p = p->next, n++) {
+        uint32_t served = 0;
+        if (p->c->state != p || loop.conn[p->c->slot] != p->c) abort();
+        if (p->c->proto != (p->gateway ? &gateway_proto : &register_proto) || (p->worker && !p->known)) abort();
+        for (size_t i = 0; i < chat.clients.cap; i++) {
+            const struct client *cl = chat.clients.slot[i];
+            served += cl != NULL && cl->desk != NULL && cl->desk->worker == p->c;
+        }
+        if (served != p->clients || (served > 0 && !(p->gateway && p->worker))) abort();
+        workers += served;
+    }
+    if (n != backend.n_peers) abort();
+    for (size_t i = 0; i < chat.clients.cap; i++) {
+        const struct client *cl = chat.clients.slot[i];
+        if (cl == NULL) continue;
+        check_client(cl);
+        if (cl->desk != NULL && cl->desk->worker != NULL) workers--;
+    }
+    if (workers != 0) abort();   /* a worker that is none */
+    for (size_t i = 0; i < rooms.by_name.cap; i++) {
+        const struct room *r = rooms.by_name.slot[i];
+        const struct member *last = NULL;
+        for (const struct member *m = r != NULL ? r->first : NULL; m != NULL; last = m, m = m->next)
+            if (m->room != r || m->prev != last || room_member(r, m->c) != m) abort();
+        if (r != NULL && r->last != last) abort();
+    }
+}
+
+/* What unserialize() would be given: valid stays valid, as JSON too. */
+static void fuzz_php(slice one, slice two) {
+    struct buf b = {0}, json = {0};
+    struct json_field f = {.name = "v"};
+    size_t at;
+    bool both = php_valid(one, true) && php_valid(two, true);
+    if (php_valid(one, false) && !php_valid(one, true)) abort();
+    if (php_json(one, &b)) {
+        buf_printf(&json, "{\"v\":%.*s}", F(buf_slice(&b)));
+        const char *why = json_pick(buf_slice(&json), &f, 1, &at);
+        if (why != NULL && strcmp(why, "nested too deeply") != 0) abort();
+    }
+    buf_clear(&b);
+    if (both && *one.p == 'a' && *two.p == 'a') {
+        php_merge(one, two, &b);
+        if (!php_valid(buf_slice(&b), true) || b.len > one.len + two.len + 20 * (one.len + two.len)) abort();
+    }
+    buf_clear(&b);
+    php_key(&b, one);
+    if (!php_valid(buf_slice(&b), false)) abort();
+    buf_clear(&b);
+    php_form(&b, one, '&');
+    if (!php_valid(buf_slice(&b), false)) abort();
+    buf_free(&b), buf_free(&json);
+}
+
+/* A packet: its command, who it is about, its flag, and how much of what follows is ext_data. */
+static void fuzz_packet(struct conn *c, slice s, size_t step) {
+    static const unsigned char cmds[] = {
+        5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 20, 21, 22, 23, 24, 25, 26, 27, 28, 200, 202, 203, 204,
+    };
+    const unsigned char *u = (const unsigned char *)s.p;
+    struct buf b = {0};
+    buf_be(&b, PACKET_HEAD - 4 + s.len, 4), buf_be(&b, cmds[u[0] % sizeof cmds], 1);
+    buf_be(&b, 0, 8), buf_be(&b, 0, 4), buf_be(&b, u[1] & 15u ? 20u + (u[1] & 15u) : u[1], 4), buf_be(&b, u[2], 1);
+    buf_be(&b, 0, 2), buf_be(&b, u[3], 4);
+    buf_add(&b, slice_cut(s, 4));
+    feed(c, buf_slice(&b), step);
+    buf_free(&b);
+}
+
+static void fuzz_api(struct conn *c, unsigned which, slice s, size_t step) {
+    struct buf b = {0};
+    const char *path = api_paths[(unsigned char)*s.p % (sizeof api_paths / sizeof *api_paths)];
+    bool get = ((unsigned char)*s.p & 64) != 0;
+    s = slice_cut(s, 1);
+    buf_printf(&b, "%s /api/%s?%.*s", get ? "GET" : "POST", path, get ? (int)s.len : 0, s.p);
+    buf_add(&b, S(" HTTP/1.1\r\nHost: localhost\r\n"));
+    buf_printf(&b, "%sContent-Type: application/%s\r\n", which & 1 ? "" : "Authorization: Bearer k\r\n",
+               which & 2 ? "x-www-form-urlencoded" : "json");
+    buf_printf(&b, "Content-Length: %zu\r\n\r\n", get ? 0 : s.len);
+    if (!get) buf_add(&b, s);
+    feed(c, buf_slice(&b), step);
+    buf_free(&b);
+}
+
+static void fuzz_time(unsigned arg) {
+    now.ms += 1 << (arg & 15), now.wall += (1 << (arg & 15)) / 1000;
+    loop_tick();
+}
+
+static void fuzz_step(unsigned op, unsigned which, slice s) {
+    size_t step = which & 8 ? 1 : SIZE_MAX;
+    struct buf b = {0};
+    unsigned id = which & 7;
+    if (op == 0) feed(one_of(&gateway_proto, id % 3), s, step);
+    else if ((op == 1 || op == 2) && s.len >= 4) fuzz_packet(one_of(&gateway_proto, id % 3), s, step);
+    else if (op == 3) {   /* one that knows the secret, a worker maybe */
+        buf_printf(&b, "{\"secret_key\":\"%.*s\",\"worker_key\":\"w%u\"}", F(buf_slice(&backend.key)), (unsigned)s.len);
+        struct buf packet = {0};
+        buf_printf(&packet, "%c%c%c%c%.*s", which & 4 ? 22 : 21, 0, 1, 0, F(buf_slice(&b)));
+        fuzz_packet(one_of(&gateway_proto, id % 3), buf_slice(&packet), step);
+        buf_free(&packet);
+    } else if (op == 4) feed(one_of(&register_proto, id % 3), s, step);
+    else if (op == 5) {
+        buf_printf(&b, "{\"event\":\"%s_connect\",\"address\":\"%.*s\",\"secret_key\":\"%.*s\"}\n",
+                   which & 4 ? "gateway" : "worker", F(s), F(buf_slice(&backend.key)));
+        feed(one_of(&register_proto, id % 3), buf_slice(&b), step);
+    } else if (op == 6) feed(one_of(&http_proto, id % 2), s, step);
+    else if (op == 7 && s.len > 0) fuzz_api(one_of(&http_proto, 0), which, s, step);
+    else if (op == 8 && s.len > 0) chat_message(one_of(&chat_proto, id), s);
+    else if (op == 9 && s.len > 0) {
+        buf_printf(&b, "{\"type\":\"login\",\"client_name\":\"n\",\"room_id\":%d}", *s.p);
+        chat_message(one_of(&chat_proto, id), buf_slice(&b));
+    } else if (op == 10) feed(one_of(&chat_proto, id), s, step);
+    else if (op == 11) fuzz_php(slice_take(s, s.len * which / 16), slice_cut(s, s.len * which / 16)), fuzz_php(s, s);
+    else if (op == 12) fuzz_time(which);
+    else if (op == 13 && loop.n > 0) (which & 8 ? conn_lost : conn_close)(loop.conn[s.len % loop.n], "fuzzed");
+    else loop_settle();
+    buf_free(&b);
+}
+
+static void fuzz_backend(const uint8_t *data, size_t size) {
+    if (size < 1) return;
+    if ((data[0] & 1) != 0) buf_add(&backend.key, S("sekret"));
+    if ((data[0] & 2) != 0) buf_add(&api.key, S("k"));
+    opt.gateway = (data[0] & 4) != 0 ? "g" : NULL;
+    chat.first_number = chat.last_number = 20;
+    for (unsigned i = 0; i < 4; i++) {
+        struct conn *c = one_of(&chat_proto, i);
+        if (i % 3 == 0) chat_message(c, S("{\"type\":\"login\",\"client_name\":\"A\",\"room_id\":\"9\"}"));
+    }
+    for (size_t at = 1; at + 1 < size;) {
+        unsigned op = data[at] & 15, which = data[at] >> 4;
+        size_t n = data[at + 1];
+        at += 2;
+        if (n > size - at) n = size - at;
+        fuzz_step(op, which, (slice){(const char *)data + at, n});
+        check_backend();
+        at += n;
+    }
+    loop_settle();
+    check_backend();
+    for (uint32_t i = 0; i < loop.n; i++) conn_lost(loop.conn[i], "fuzzed");
+    loop_settle();
+    if (backend.peers != NULL || backend.n_peers != 0) abort();
+    buf_free(&backend.key), buf_free(&api.key);
+}
+
+/* What one connection of a browser sends. */
+static void fuzz_stranger(const uint8_t *data, size_t size) {
     size_t step = (size_t)(data[0] & 0x3f) + 1;
     struct conn *c = connect_one();
     if ((data[0] & 0x80) != 0) {   /* skip the upgrade, which random bytes never pass */
@@ -355,6 +557,20 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     conn_lost(c, "fuzzed");
     loop_settle();
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    if (size < 1) return 0;
+    if ((data[0] & 0xe0) == 0x60) {
+        fuzz_push(data + 1, size - 1);
+        return 0;
+    }
+    if ((data[0] & 0xc0) == 0x40) {
+        if (size > 4) fuzz_history(data + 1, size - 1);
+        return 0;
+    }
+    if ((data[0] & 0xe0) == 0xe0) fuzz_backend(data + 1, size - 1);
+    else fuzz_stranger(data, size);
     if (loop.n != 0 || http.connections != 0 || rooms.by_name.n != 0 || chat.clients.n != 0) abort();
     return 0;
 }
