@@ -311,14 +311,19 @@ static void fuzz_devices(const uint8_t *data, size_t size) {
     push.file = histories.dir_fd = -1;
 }
 
-static void fuzz_push(const uint8_t *data, size_t size) {
-    if (size < 2) return;
+/* There is --apns, but nobody dials. */
+static void push_ready(void) {
     clock_read();
     opt.apns = "https://fuzz", opt.apns_topic = "t";
-    push.dial = (struct dial){.host = "fuzz", .addresses = 1, .busy = true};   /* so that nobody dials */
+    push.dial = (struct dial){.host = "fuzz", .addresses = 1, .busy = true};
     push.feedback.busy = true;
     push.devices.key = device_key, push.audiences.key = audience_key;
     push.file = -1;
+}
+
+static void fuzz_push(const uint8_t *data, size_t size) {
+    if (size < 2) return;
+    push_ready();
     push.named = (data[0] & 8) == 0, push.full = push.named && (data[0] & 16) == 0;
     if ((data[0] & 7) < 3) fuzz_gateway(data[0] & 7, data + 1, size - 1);
     else if ((data[0] & 7) == 3) fuzz_feedback(data + 1, size - 1);
@@ -329,8 +334,9 @@ static void fuzz_push(const uint8_t *data, size_t size) {
 
 /* What back ends may send: packets to the gateway, lines to the register, requests to the
  * administrator's site, while chat clients come and go. The first byte of a script says which
- * secrets there are; then follow steps: an opcode and who it is about, a length, and as much that
- * belongs to it. The first client has number 21, and clients 21 and 24 are in room 9 to begin with. */
+ * secrets there are, whether others can reach the address of the gateway, and whether there
+ * is --apns; then follow steps: an opcode and who it is about, a length, and as much that
+ * belongs to it. The first client has number 21; 21 and 24 are in room 9 to begin with. */
 
 static const char *const api_paths[] = {
     "send", "bind", "unbind", "join", "leave", "kick", "push", "clients", "rooms", "history",
@@ -389,6 +395,7 @@ static void check_client(const struct client *cl) {
 
 /* Who is in a room knows of it; peers are all there, and have as many clients as say so. */
 static void check_backend(void) {
+    if (opt.apns != NULL) check_push();
     uint32_t n = 0, workers = 0;
     for (const struct peer *p = backend.peers; p != NULL; p = p->next, n++) {
         uint32_t served = 0;
@@ -515,6 +522,8 @@ static void fuzz_backend(const uint8_t *data, size_t size) {
     if ((data[0] & 1) != 0) buf_add(&backend.key, S("sekret"));
     if ((data[0] & 2) != 0) buf_add(&api.key, S("k"));
     opt.gateway = (data[0] & 4) != 0 ? "g" : NULL;
+    backend.address[3] = (data[0] & 8) != 0 ? 2 : 1;
+    if ((data[0] & 16) != 0) push_ready(), push.binary = false, rooms.said = push_said;
     chat.first_number = chat.last_number = 20;
     for (unsigned i = 0; i < 4; i++) {
         struct conn *c = one_of(&chat_proto, i);
@@ -535,6 +544,8 @@ static void fuzz_backend(const uint8_t *data, size_t size) {
     loop_settle();
     if (backend.peers != NULL || backend.n_peers != 0) abort();
     buf_free(&backend.key), buf_free(&api.key);
+    if (opt.apns != NULL) push_clean();
+    opt.apns = NULL, rooms.said = NULL;
 }
 
 /* What one connection of a browser sends. */
