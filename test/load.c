@@ -14,6 +14,9 @@
  *     open loop     --rate messages a second in all, at even distances, even
  *                   if the server falls behind: the latency people see
  *     idle          --senders 0: connect, log in, weigh the server, leave
+ *     orders        besides, a back end tells --orders users a second something,
+ *                   at even distances, on one connection to the port --gateway:
+ *                   client i is bound to user u<i>, and they take turns
  *
  * A delivery is one message at one member. The content of a message begins
  * with a stamp, 29 characters that JSON and HTML leave alone:
@@ -24,9 +27,9 @@
  *      +-----+---------+-------------+---------------------+--------
  *              20 bits     32 bits          60 bits           filling
  *
- * four bits a letter, `a` to `p`. On the way in there is no JSON: memchr finds
- * the `~`. In the open loop the time is when the message was due, so a server
- * (or generator) that falls behind cannot hide it.
+ * four bits a letter, `a` to `p`; orders have sender 0xfffff. On the way in there is
+ * no JSON: memchr finds the `~`. In the open loop, and of orders, the time is when the
+ * message was due, so a server (or generator) that falls behind cannot hide it.
  *
  * What is proven, for each receiver, over the whole run and not only over the
  * measured window:
@@ -80,6 +83,9 @@
 #include <unistd.h>
 
 #define STAMP       29              /* bytes of a stamp */
+#define BACK_END    0xfffffu        /* who sends orders, in a stamp */
+#define PACKET_HEAD 28              /* bytes, and the commands of the gateway that are used */
+enum { IS_ONLINE = 11, BIND_UID = 12, SEND_TO_UID = 14 };
 #define READ_SIZE   (256 * 1024)
 #define LOOK        4096            /* bytes of a frame that are looked at */
 #define HEAD_MAX    10              /* of an unmasked frame: RFC 6455, 5.2 */
@@ -143,6 +149,9 @@ struct client {
     uint64_t sent;                  /* number of the last message said */
     uint64_t order;                 /* running hash of all that was received */
     struct track *tracks;           /* of the senders of the room, see track_of */
+    struct track told;              /* of the back end */
+    uint64_t ordered;               /* number of the last order to it */
+    uint32_t connection;            /* its number at the gateway */
     uint64_t skip;                  /* bytes of a frame to pass over unread */
     char *carry;                    /* the incomplete frame at the end of a read */
     size_t carry_len;
@@ -152,17 +161,19 @@ struct client {
 
 /* The options; `--clients 7` sets `clients`. All are whole numbers. */
 static struct {
-    uint64_t port, pid, clients, rooms, senders, per_room, window, rate, size, measure_ms,
-             warmup_ms, connecting;
+    uint64_t port, gateway, pid, clients, rooms, senders, per_room, window, rate, orders, size,
+             measure_ms, warmup_ms, connecting;
 } opt = { .port = 7272, .clients = 100, .rooms = 1, .senders = 1, .window = 1, .size = 64,
           .measure_ms = 5000, .warmup_ms = 500, .connecting = 64 };
 
 static struct {
-    struct client *clients;
+    struct client *clients;         /* and behind them the back end's connection */
     size_t opened, logged_in;       /* counts of clients */
     uint64_t now_ns;                /* when the latest read returned */
     bool saying;                    /* the closed loop goes on */
     bool measuring;                 /* within the window */
+    uint64_t ordered;               /* orders so far, */
+    double order_ns;                /* and when the next one is due */
     char *template;                 /* the payload of a message, but for the stamp */
     size_t template_len, stamp_at;
     uint32_t mask;
@@ -171,8 +182,10 @@ static struct {
 /* One counter a microsecond up to SLOWEST_US, then one for all above: the
  * simplest histogram there is, and the part in use stays in the cache. */
 static struct {
-    uint32_t latency_us[SLOWEST_US + 1];
-    uint64_t deliveries, max_ns;    /* in the window */
+    struct latency {
+        uint32_t us[SLOWEST_US + 1];
+        uint64_t n, max_ns;
+    } chat, told;                   /* in the window */
     uint64_t all;                   /* since the first message */
     uint64_t lost, duplicate, late, orders, stray, closed;
 } result;
@@ -318,22 +331,27 @@ static void delivered(struct client *c, const char *stamp) {
     uint64_t sender, sequence, time_ns;
 
     if (!get_letters(stamp + 1, 5, &sender) || !get_letters(stamp + 6, 8, &sequence)
-        || !get_letters(stamp + 14, 15, &time_ns) || sender >= opt.senders
-        || load.clients[sender].room != c->room) { result.stray++; return; }
-    struct track *t = track_of(c, sender);
+        || !get_letters(stamp + 14, 15, &time_ns)
+        || (sender != BACK_END && (sender >= opt.senders || load.clients[sender].room != c->room))) {
+        result.stray++;
+        return;
+    }
+    bool order = sender == BACK_END;
+    struct track *t = order ? &c->told : track_of(c, sender);
     if (sequence == t->last + 1) { t->last = sequence; t->seen = t->seen << 1 | 1; }
     else track_gap(t, sequence);
-    c->order = (c->order ^ (sender << 36 | sequence)) * 0x9e3779b97f4a7c15u;
-    c->order ^= c->order >> 29;
+    if (!order) c->order = (c->order ^ (sender << 36 | sequence)) * 0x9e3779b97f4a7c15u;
+    if (!order) c->order ^= c->order >> 29;
     result.all++;
 
     uint64_t latency_ns = load.now_ns > time_ns ? load.now_ns - time_ns : 0;
     uint64_t us = latency_ns / 1000;
     if (sender == c->number && load.saying) say(c, load.now_ns);
     if (!load.measuring) return;
-    result.deliveries++;
-    result.latency_us[us < SLOWEST_US ? us : SLOWEST_US]++;
-    if (latency_ns > result.max_ns) result.max_ns = latency_ns;
+    struct latency *l = order ? &result.told : &result.chat;
+    l->n++;
+    l->us[us < SLOWEST_US ? us : SLOWEST_US]++;
+    if (latency_ns > l->max_ns) l->max_ns = latency_ns;
 }
 
 static bool holds(const char *p, size_t len, const char *word) {
@@ -345,6 +363,18 @@ static bool holds(const char *p, size_t len, const char *word) {
     return false;
 }
 
+/* The second half of the client's id, the first that stands in the answer to its log-in; 0 if none does. */
+static uint32_t connection_read(const char *p, size_t len) {
+    static const char name[] = "\"client_id\":\"";
+    char digits[9] = "";
+    for (size_t i = 0; i + sizeof name + 20 <= len; i++)
+        if (memcmp(p + i, name, sizeof name - 1) == 0) {
+            memcpy(digits, p + i + sizeof name - 1 + 12, 8);
+            break;
+        }
+    return (uint32_t)strtoul(digits, NULL, 16);
+}
+
 /* One frame; of a long one only the first LOOK bytes. */
 static void frame_read(struct client *c, unsigned opcode, const char *p, size_t len) {
     if (opcode == 1) {
@@ -354,6 +384,7 @@ static void frame_read(struct client *c, unsigned opcode, const char *p, size_t 
             queue_frame(c, 1, "{\"type\":\"pong\"}", 15);
         else if (c->state == LOGGING_IN && holds(p, len, "\"client_list\"")) {
             c->state = PRESENT;
+            c->connection = connection_read(p, len);
             load.logged_in++;
         } else if (len > 15 && memcmp(p, "{\"type\":\"error\"", 15) == 0) {
             die("u%zu was answered %.*s", c->number, (int)len, p);
@@ -474,10 +505,68 @@ static void connected(struct client *c) {
     c->state = UPGRADING;
 }
 
+/* ---- The back end. ---- */
+
+/* One of the packets that GatewayClient writes. */
+static void queue_packet(struct client *c, unsigned command, uint32_t connection, const char *ext, const char *body) {
+    char head[PACKET_HEAD] = { 0 };
+    size_t ext_len = strlen(ext), len = PACKET_HEAD + ext_len + strlen(body);
+    for (int i = 0; i < 4; i++) {
+        head[i] = (char)(len >> (24 - 8 * i));
+        head[17 + i] = (char)(connection >> (24 - 8 * i));
+        head[24 + i] = (char)(ext_len >> (24 - 8 * i));
+    }
+    head[4] = (char)command;
+    head[21] = 1;                   /* the body is text */
+    queue(c, head, sizeof head);
+    queue(c, ext, ext_len);
+    queue(c, body, len - PACKET_HEAD - ext_len);
+}
+
+/* Connects, says which client is which user, and waits until that is known. */
+static void back_end_open(void) {
+    struct client *c = &load.clients[opt.clients];
+    struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons((uint16_t)opt.gateway) };
+    char uid[24], answer[8];
+    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    *c = (struct client){ .fd = socket(AF_INET, SOCK_STREAM, 0), .state = PRESENT, .number = opt.clients };
+    if (c->fd < 0 || connect(c->fd, (struct sockaddr *)&to, sizeof to) < 0) die("--gateway: %s", strerror(errno));
+    for (size_t i = 0; i < opt.clients; i++) {
+        snprintf(uid, sizeof uid, "u%zu", i);
+        queue_packet(c, BIND_UID, load.clients[i].connection, uid, "");
+    }
+    queue_packet(c, IS_ONLINE, load.clients[0].connection, "", "");
+    for (size_t done = 0; done < c->out_len; ) {
+        ssize_t n = send(c->fd, c->out + done, c->out_len - done, MSG_NOSIGNAL);
+        if (n < 0) die("--gateway: %s", strerror(errno));
+        done += (size_t)n;
+    }
+    c->out_len = 0;
+    if (recv(c->fd, answer, 8, MSG_WAITALL) != 8 || memcmp(answer, "\0\0\0\4i:1;", 8) != 0)
+        die("--gateway: u0 is not online");
+    (void)fcntl(c->fd, F_SETFL, O_NONBLOCK);
+    if (!wait_tell(c->fd, c->number, true, false)) die("wait: %s", strerror(errno));
+}
+
+/* The next user is told something; the caller flushes. */
+static void order(struct client *c, struct client *user, uint64_t time_ns) {
+    char body[] = "{\"type\":\"order\",\"text\":\"~----------------------------"
+                  "-----------------------------------\"}";
+    char ext[24], *stamp = strchr(body, '~');
+    put_letters(stamp + 1, 5, BACK_END);
+    put_letters(stamp + 6, 8, ++user->ordered);
+    put_letters(stamp + 14, 15, time_ns);
+    snprintf(ext, sizeof ext, "[\"u%zu\"]", user->number);
+    queue_packet(c, SEND_TO_UID, 0, ext, body);
+}
+
 static void ready(size_t number) {
     struct client *c = &load.clients[number];
+    char unwanted[64];
     if (c->state == GONE) return;
-    if (c->state == CONNECTING) connected(c);
+    if (number == opt.clients) {
+        if (recv(c->fd, unwanted, sizeof unwanted, 0) == 0) gone(c, "closed by the gateway");
+    } else if (c->state == CONNECTING) connected(c);
     else receive(c);
     flush(c);
 }
@@ -541,6 +630,16 @@ static double own_cpu_ns(void) {
 
 /* --- The run -------------------------------------------------------------- */
 
+/* All orders that are due by now; returns how long until the next one. */
+static double give_orders(uint64_t now) {
+    struct client *c = &load.clients[opt.clients];
+    if (load.order_ns == 0) load.order_ns = (double)now;
+    for (; load.order_ns <= (double)now && c->state != GONE; load.order_ns += 1e9 / (double)opt.orders)
+        order(c, &load.clients[load.ordered++ % opt.clients], (uint64_t)load.order_ns);
+    flush(c);
+    return load.order_ns - (double)now;
+}
+
 /* Talk until end_ns. In the open loop senders take turns and *due_ns is when
  * the next message is due; below a millisecond it spins. */
 static void talk_until(uint64_t end_ns, double *due_ns, size_t *turn) {
@@ -553,6 +652,8 @@ static void talk_until(uint64_t end_ns, double *due_ns, size_t *turn) {
             *due_ns += distance;
         }
         double wait_ns = opt.rate ? *due_ns - (double)now : 1e7;
+        double order_ns = opt.orders ? give_orders(now) : 1e7;
+        if (wait_ns > order_ns) wait_ns = order_ns;
         if (wait_ns > (double)(end_ns - now)) wait_ns = (double)(end_ns - now);
         wait_some((int)(wait_ns / 1e6), ready);
     }
@@ -564,15 +665,16 @@ static void check_all(void) {
         struct client *c = &load.clients[i];
         for (size_t s = c->room; s < opt.senders; s += opt.rooms)
             result.lost += load.clients[s].sent - track_of(c, s)->last;
+        result.lost += c->ordered - c->told.last;
         result.orders += c->order != load.clients[c->room].order;
     }
 }
 
-static uint64_t percentile_us(double part) {
-    uint64_t before = 0, rank = (uint64_t)(part * (double)result.deliveries);
+static uint64_t percentile_us(const struct latency *l, double part) {
+    uint64_t before = 0, rank = (uint64_t)(part * (double)l->n);
     for (uint64_t us = 0; us < SLOWEST_US; us++)
-        if ((before += result.latency_us[us]) > rank) return us;
-    return result.max_ns / 1000;
+        if ((before += l->us[us]) > rank) return us;
+    return l->max_ns / 1000;
 }
 
 static void run_and_report(void) {
@@ -592,20 +694,25 @@ static void run_and_report(void) {
     cpu = server_cpu_ns();
     own = own_cpu_ns();
     talk_until(start_ns + opt.measure_ms * 1000000, &due_ns, &turn);
-    double span_ns = (double)(clock_ns() - start_ns), count = (double)result.deliveries;
+    double span_ns = (double)(clock_ns() - start_ns), count = (double)result.chat.n, told = (double)result.told.n;
     cpu = cpu < 0 ? -1 : server_cpu_ns() - cpu;
     own = own_cpu_ns() - own;
     load.measuring = false;
     printf(" deliveries=%.0f deliveries_s=%.0f p50_us=%" PRIu64 " p99_us=%" PRIu64 " max_us=%.0f"
            " cpu_us=%.4f server_cpu=%.1f load_cpu=%.1f", count, count / span_ns * 1e9,
-           percentile_us(0.50), percentile_us(0.99), (double)result.max_ns / 1000,
-           cpu < 0 || count < 1 ? -1 : cpu / count / 1000, cpu < 0 ? -1 : 100 * cpu / span_ns,
+           percentile_us(&result.chat, 0.50), percentile_us(&result.chat, 0.99), (double)result.chat.max_ns / 1000,
+           cpu < 0 || count < 1 ? -1 : cpu / (count + told) / 1000, cpu < 0 ? -1 : 100 * cpu / span_ns,
            100 * own / span_ns);
+    if (opt.orders)
+        printf(" told=%.0f told_s=%.0f told_p50_us=%" PRIu64 " told_p99_us=%" PRIu64, told, told / span_ns * 1e9,
+               percentile_us(&result.told, 0.50), percentile_us(&result.told, 0.99));
 
     load.saying = false;
-    for (size_t i = 0; i < opt.clients; i++)
+    for (size_t i = 0; i < opt.clients; i++) {
         for (size_t s = i % opt.rooms; s < opt.senders; s += opt.rooms)
             expected += load.clients[s].sent;
+        expected += load.clients[i].ordered;
+    }
     wait_quiet(GIVE_UP_NS, expected);
     wait_quiet(SETTLE_NS, UINT64_MAX);              /* for duplicates behind the last */
     check_all();
@@ -615,6 +722,7 @@ static void run_and_report(void) {
 
 static const struct { const char *name; uint64_t *value, min, max; const char *help; } options[] = {
     { "--port",       &opt.port,       1, 65535, "of the server on 127.0.0.1" },
+    { "--gateway",    &opt.gateway,    0, 65535, "the server's inner port, for --orders" },
     { "--pid",        &opt.pid,        0, 1u << 30, "of the server, to weigh it" },
     { "--clients",    &opt.clients,    1, 1u << 20, "how many connect" },
     { "--rooms",      &opt.rooms,      1, 1u << 20, "how many rooms they are spread over" },
@@ -622,6 +730,7 @@ static const struct { const char *name; uint64_t *value, min, max; const char *h
     { "--per-room",   &opt.per_room,   0, 1u << 20, "or: how many of each room talk" },
     { "--window",     &opt.window,     1, 1u << 20, "messages each sender has under way" },
     { "--rate",       &opt.rate,       0, 1000000, "or: messages a second in all (open loop)" },
+    { "--orders",     &opt.orders,     0, 1000000, "and besides: sendToUid() a second" },
     { "--size",       &opt.size,       STAMP, 60000, "bytes of content" },
     { "--measure-ms", &opt.measure_ms, 1, 86400000, "length of the measured window" },
     { "--warmup-ms",  &opt.warmup_ms,  0, 86400000, "talk before it" },
@@ -647,6 +756,7 @@ static void options_read(int argc, char **argv) {
     }
     if (opt.per_room) opt.senders = opt.per_room * opt.rooms;
     if (opt.senders > opt.clients) die("--senders: more than clients");
+    if (opt.orders && !opt.gateway) die("--orders: no --gateway");
 }
 
 /* Fewer descriptors than clients are better found out before the start. */
@@ -662,16 +772,17 @@ int main(int argc, char **argv) {
     options_read(argc, argv);
     descriptors_raise();
     template_prepare();
-    load.clients = xcalloc(opt.clients, sizeof *load.clients);
+    load.clients = xcalloc(opt.clients + 1, sizeof *load.clients);
     for (size_t i = 0; i < opt.clients; i++)
         load.clients[i].tracks = xcalloc(opt.senders / opt.rooms + 1, sizeof(struct track));
-    if (!wait_open(opt.clients)) die("wait: %s", strerror(errno));
+    if (!wait_open(opt.clients + 1)) die("wait: %s", strerror(errno));
 
     double dirty = server_memory("Private_Dirty:"), resident = server_memory("Rss:");
     double cpu = server_cpu_ns(), clients = (double)opt.clients;
     uint64_t start_ns = clock_ns();
     connect_all();
     double span_ns = (double)(clock_ns() - start_ns);
+    if (opt.orders) back_end_open();
     wait_quiet(SETTLE_NS, UINT64_MAX);
     printf("clients=%.0f rooms=%" PRIu64 " senders=%" PRIu64 " logins_s=%.0f login_cpu_us=%.1f"
            " dirty_each=%.0f rss_each=%.0f", clients, opt.rooms, opt.senders,
