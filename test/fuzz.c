@@ -400,7 +400,8 @@ static void check_backend(void) {
     for (const struct peer *p = backend.peers; p != NULL; p = p->next, n++) {
         uint32_t served = 0;
         if (p->c->state != p || loop.conn[p->c->slot] != p->c) abort();
-        if (p->c->proto != (p->gateway ? &gateway_proto : &register_proto) || (p->worker && !p->known)) abort();
+        if (p->c->proto != (p->gateway ? &gateway_proto : &register_proto)) abort();
+        if (p->gateway && p->worker && !p->known) abort();
         for (size_t i = 0; i < chat.clients.cap; i++) {
             const struct client *cl = chat.clients.slot[i];
             served += cl != NULL && cl->desk != NULL && cl->desk->worker == p->c;
