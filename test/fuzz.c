@@ -388,7 +388,7 @@ static void check_client(const struct client *cl) {
     }
     if (!seat || !inbox || (cl->seat != NULL && cl->name == NULL) || room_count(cl->c) > ROOMS_PER_CLIENT) abort();
     if (cl->uid != NULL && !slice_eq(room_name(cl->inbox->room), slice_of(cl->uid))) abort();
-    slice session = cl->desk != NULL ? buf_slice(&cl->desk->session) : S("");
+    slice session = buf_slice(&cl->session);
     if (session.len > SESSION_MAX + 1000) abort();
     if (!php_valid(session, backend.key.len > 0) && memchr(session.p, ':', session.len) != NULL) abort();
 }
@@ -404,7 +404,7 @@ static void check_backend(void) {
         if (p->gateway && p->worker && !p->known) abort();
         for (size_t i = 0; i < chat.clients.cap; i++) {
             const struct client *cl = chat.clients.slot[i];
-            served += cl != NULL && cl->desk != NULL && cl->desk->worker == p->c;
+            served += cl != NULL && cl->worker == p;
         }
         if (served != p->clients || (served > 0 && !(p->gateway && p->worker))) abort();
         workers += served;
@@ -414,7 +414,7 @@ static void check_backend(void) {
         const struct client *cl = chat.clients.slot[i];
         if (cl == NULL) continue;
         check_client(cl);
-        if (cl->desk != NULL && cl->desk->worker != NULL) workers--;
+        if (cl->worker != NULL) workers--;
     }
     if (workers != 0) abort();   /* a worker that is none */
     for (size_t i = 0; i < rooms.by_name.cap; i++) {
@@ -525,7 +525,7 @@ static void fuzz_backend(const uint8_t *data, size_t size) {
     opt.gateway = (data[0] & 4) != 0 ? "g" : NULL;
     backend.address[3] = (data[0] & 8) != 0 ? 2 : 1;
     if ((data[0] & 16) != 0) push_ready(), push.binary = false, rooms.said = push_said;
-    chat.first_number = chat.last_number = 20;
+    chat.last_number = 20;
     for (unsigned i = 0; i < 4; i++) {
         struct conn *c = one_of(&chat_proto, i);
         if (i % 3 == 0) chat_message(c, S("{\"type\":\"login\",\"client_name\":\"A\",\"room_id\":\"9\"}"));
