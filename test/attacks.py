@@ -2,24 +2,92 @@
 
 Most of these are bugs that real servers had. During every case two bystanders keep
 talking: whatever is done to the server, they must not notice. The offender gets the
-answer that is named, memory stays bounded, and the server lives.
+answer that is named, memory stays bounded, and the server lives. Hours of it, and
+floods for which a machine has to be quiet, are test/abuse; random input is test/fuzz.c.
 
-Attacks on the log (control characters in names and URLs) and on its descriptors are
-in server.py, where logs and limits are.
+What is tried, and where (FILE.CASE; without FILE it is in this one):
+
+  Frames
+     1  lengths that wrap at 2^31, 2^32, 2^63, 2^64    huge_length
+     2  lengths longer than need be                    bad_frame
+     3  a byte a write, a cut at every place           cut_everywhere bad_frame unit.test_frames
+     4  fragments whose sum is too much, or wraps      fragments_over_the_limit fragments_up_to_the_limit
+     5  fragments without end, also empty ones         fragments_over_the_limit endless_empty_fragments
+     6  frames of nothing                              zero_length
+     7  no mask, reserved bits, opcodes, wrong order   bad_frame binary
+     8  close frames that lie, words behind them       bad_close words_after_close both_close never_answers_close
+     9  what only looks like UTF-8                     bad_utf8 utf8_that_ends_early unit.test_utf8_exhaustive
+    10  pings whose pongs nobody takes                 ping_flood
+    11  a member who does not read, and comes back     never_reads reads_in_sips tls.slow_reader
+                                                       history.slow_member_comes_back
+    12  compression                                    permessage_deflate
+  HTTP and TLS
+    13  heads and hellos that never end, 500 of them   slow_heads five_hundred_wait one_address_takes_all_places
+                                                       tls.stalled_handshakes api.dripping
+    14  heads that two parsers read in two ways        bad_head empty_lines_first tls.plain_text_on_a_tls_port
+                                                       tls.broken_hellos
+    15  bodies whose end is not certain                request_smuggling api.strange_lengths api.other_encodings
+                                                       api.smuggled
+    16  handshakes that nearly are one                 handshake handshake_of_another_kind
+    17  paths that lead elsewhere                      paths history.room_names
+    18  pages of others                                pages_of_others api.origins api.rebinding api.preflight
+    19  addresses that somebody only claims to have    server.forwarded_for server.forwarded_for_by_strangers
+    20  asking much and reading little                 pipelines_and_never_reads page_in_sips server.pipelining
+                                                       api.slow_reader
+  JSON and chat
+    21  a million brackets                             deep_json depth_limit
+    22  JSON that nearly is some                       odd_json bad_utf8_in_a_string chat.bad_json
+    23  names, rooms and ids of the wrong kind         odd_login whispers_astray chat.errors chat.scene_room_types
+                                                       chat.scene_name_types chat.content
+    24  markup                                         markup chat.content chat.name_escaping
+    25  rooms without end, one user everywhere, keys   ten_thousand_rooms one_user_everywhere colliding_keys
+        of one hash
+    26  more messages than anybody can read            flood_of_one flood_of_a_hundred
+    27  the wrong moment                               after_the_end chat.before_login chat.scene_relogin_same_room
+  Log and system
+    28  forged lines, secrets where others can read    secrets server.log_injection server.contents_are_not_logged
+                                                       api.nothing_in_the_log
+    29  full disks, failing writes, death in between   history.full_disk history.failing_write history.failing_sync
+                                                       history.changed_while_running history.crash_test
+    30  damaged files, huge ones, two servers on one   history.damage_in_the_middle history.bad_tail
+                                                       history.file_over_2_gib history.two_servers
+    31  a clock that jumps                             clock_jumps
+    32  no descriptors, no memory                      no_memory server.descriptors_run_out history.few_descriptors
+                                                       server.one_address_takes_all_descriptors
+    33  100,000 resets, accept() that fails, SIGPIPE   connect_and_reset accept_fails reset_while_being_written_to
+                                                       server.harmless_signals
+    34  a stop in the middle                           server.stopping server.second_signal
+                                                       server.stopping_does_not_wait_for_ever
+  The other ports
+    35  garbage on any port; wrong keys, packets,      garbage_everywhere backend.wrong_keys backend.register_key
+        sessions                                       backend.recorded_errors backend.nonsense backend.a_million_uids
+                                                       backend.half_packet_deadline backend.sessions_that_are_refused
+                                                       backend.refused_options api.bearer api.garbage
+    36  a push gateway that breaks all rules           push.raw_bytes push.answers push.goaway push.refused_streams
+                                                       push.limits push.small_windows push.no_answer push.no_new_jwt
+                                                       apns.statuses
+    37  one that is not there, while people talk       push.latency push.queue
 """
 
+import base64
 import contextlib
 import errno
 import functools
 import json
+import os
+import random
 import re
+import shutil
+import signal
+import socket
 import struct
+import subprocess
 import tempfile
 import time
 
-from harness import (BINARY, CLOSE, CONTINUATION, KEY, PING, PONG, ROOT, SLOW, TEXT, UPGRADE,
+from harness import (BINARY, CERTIFICATE, CLOSE, CONTINUATION, KEY, PING, PONG, ROOT, SLOW, TEXT, UPGRADE,
                      Bystander, Faults, Http, Server, Skip, Stream, Ws, answer_and_end, case, check, close_frame,
-                     expect_nothing, frame, get, instrumented, join, main, new_room, until)
+                     expect_nothing, frame, get, instrumented, join, main, new_room, run, until)
 
 attack = functools.partial(case, around=Bystander)
 MAX_MESSAGE = 65536
@@ -557,6 +625,30 @@ def pipelines_and_never_reads(s):
     check(sent < 300, "300,000 requests were taken in without an answer read")
 
 
+@attack()
+def page_in_sips(s):
+    """The page through the smallest window TCP knows: it comes whole, and keeps nobody waiting."""
+    whole = Http(s).ask("/").body
+    slow = Http(s, rcvbuf=1)
+    slow.send(get("/") * 20)
+    for _ in range(20):
+        time.sleep(0.01)   # it is the server that is kept waiting here
+        check(slow.answer().body == whole, "the page is another one")
+
+
+ORIGINS = ["null", "https://good.example.evil", "http://localhost:1", "file://", "\xff", "x" * 7000,
+           "http://a, http://b", "chrome-extension://" + "a" * 32]
+
+
+@attack(rows=[(origin[:30], origin) for origin in ORIGINS])
+def pages_of_others(s, name, origin):
+    """Any page may connect, and gets nothing for being open in this browser: there are no cookies. Nor can it read."""
+    ws = Ws(s, "/", "Origin: " + origin)
+    ws.login("Eve", new_room())
+    answer = Http(s).ask("/", "Origin: " + origin)
+    check(answer.status == 200 and not [h for h in answer.headers if h.startswith("access-control")], answer.headers)
+
+
 # ---------------------------------------------------------------------------
 # JSON
 # ---------------------------------------------------------------------------
@@ -725,6 +817,36 @@ def ten_thousand_rooms(s):
     check(not before or after - before < 1024, f"{before} KiB before, {after} after")
 
 
+@attack("--admin", "127.0.0.1:0", "--rate", "0", "--max-per-address", "0")
+def one_user_everywhere(s):
+    """300 connections that are one user: a letter reaches each, once; when they have gone nothing is left of them."""
+    def call(path, **fields):
+        body = json.dumps(fields).encode()
+        api.send(get("/api/" + path, f"Content-Length: {len(body)}", method="POST") + body)
+        check(api.answer().status == 200, path)
+
+    def crowd(size):
+        clients = [Ws(s) for _ in range(size)]
+        for client in clients:
+            client.login("Ann", "room %d" % (id(client) % 7))
+            call("bind", client_id=client.id, uid="ann")
+        call("send", uid="ann", message="a letter")
+        for client in clients:
+            while not client.message().get("content", "").endswith("a letter"):
+                pass
+        for client in clients:
+            client.fence()
+            check(all(m["type"] != "say" for m in client.early), "it came twice")
+            client.reset()
+        until(lambda: "xchat_clients 2\n" in Http(s, at="admin").ask("/metrics").body.decode(), "they have not gone")
+    api = Http(s, at="admin")
+    crowd(300)
+    before = s.status("VmRSS")
+    crowd(300)
+    after = s.status("VmRSS")
+    check(not before or after - before < 1024, f"{before} KiB before, {after} after")
+
+
 @attack("--max-per-address", "0")
 def colliding_keys(s):
     """Room names with one hash under the best-known functions (times 33, times 31): a keyed hash does not care."""
@@ -819,6 +941,146 @@ def reset_while_being_written_to(s):
             said += ann.message()["type"] == "say"
     left = Ws(s)
     until(lambda: len(left.login("Last", "room")["client_list"]) == 2, "the guests are still listed")
+
+
+INNER = ("--admin", "plain:127.0.0.1:0", "--register", "127.0.0.1:0", "--gateway", "127.0.0.1:0")
+BOTH = ("--bind", "plain:127.0.0.1:0", "--bind", "tls:127.0.0.1:0", "--tls-cert", CERTIFICATE)
+BEGINNINGS = [b"", get("/", *UPGRADE), b"GET /", b"\x16\x03\x01", b'{"event":"', b"\0\0\0\x30\xca",
+              b"POST /api/send HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n"]
+
+
+@attack(*BOTH, *INNER, "--max-per-address", "0")
+def garbage_everywhere(s):
+    """Random bytes on every port, behind beginnings that are right: who sends them may go, and nothing else happens."""
+    dice = random.Random(5)
+    with s.memory_grows_at_most(16384):
+        for i in range(40 if instrumented() else 400):
+            stream = Stream(s, at=i % len(s.listeners), tls=None if i // 5 % 2 else False)
+            with contextlib.suppress(OSError):
+                stream.send(dice.choice(BEGINNINGS) + dice.randbytes(dice.choice((1, 20, 300, 5000))))
+                stream.send(dice.randbytes(100))
+            dice.choice((stream.close, stream.reset))()
+    check(Http(s, at="admin").ask("/health").status == 200, "the inner ports are hurt")
+
+
+# ---------------------------------------------------------------------------
+# Secrets
+# ---------------------------------------------------------------------------
+
+def spelled(path, text):
+    """The name of a file with this text."""
+    with open(path, "w") as file:
+        file.write(text)
+    return path
+
+
+def key_of(path):
+    """A PEM file's private key, as it stands there."""
+    with open(path) as file:
+        return re.search("PRIVATE KEY-----\n(.*?)\n-----END", file.read(), re.S)[1]
+
+
+def told(s, at, raw):
+    """What the port says to these bytes."""
+    stream = Stream(s, at=at)
+    with contextlib.suppress(OSError):
+        stream.send(raw)
+        stream.sock.shutdown(socket.SHUT_WR)   # and no more is to come
+    while stream.more():
+        pass
+    stream.close()
+    return stream.buffer
+
+
+def call_with(s, key):
+    """The HTTP API with this key: in its place, and where others write it."""
+    lines = ["Authorization: Bearer " + key, "Authorization: Basic " + key, "Cookie: key=" + key, "X-Key: " + key]
+    return b"".join(told(s, "admin", get(path, line, "Connection: close", method=method))
+                    for line in lines for path in ("/api/rooms", "/metrics", "/nosuch") for method in ("GET", "POST"))
+
+
+def gateway_with(s, key):
+    """Register and inner port with this key, and what is sent in the same breath."""
+    body = json.dumps({"secret_key": key}).encode()
+    hello = struct.pack(">IBIHIHIBHI", 28 + len(body), 202, 0, 0, 0, 0, 0, 1, 0, 0) + body
+    worker = json.dumps({"event": "worker_connect", "secret_key": key}).encode()
+    return b"".join([told(s, "register", worker + b"\n"),
+                     told(s, "gateway", hello + struct.pack(">IBIHIHIBHI", 28, 10, 0, 0, 0, 0, 0, 0, 0, 0)),
+                     told(s, "gateway", hello[:-1] + b"\0" * 40)])
+
+
+def push_with(s, key):
+    """A push to a gateway that is not there, and one that the API asks for."""
+    phone = join(s, new_room(), "Ann")
+    phone.send_json(type="login", client_name="Ann", room_id=new_room(), device_token="ab" * 32)
+    phone.message()
+    body = b'{"device_token":"%s","message":"x"}' % (b"ab" * 32)
+    phone.send(close_frame(1000))
+    return told(s, "admin", get("/api/push", f"Content-Length: {len(body)}", "Connection: close", method="POST") + body)
+
+
+def nothing_with(s, key):
+    """It is read at the start and at SIGHUP, and nobody is asked for it."""
+    return told(s, 0, get("/"))
+
+
+APNS = ("--apns", "https://localhost:1", "--apns-ca", CERTIFICATE, "--apns-topic", "a.b")
+P8 = os.path.join(ROOT, "test", "apns.p8")
+PHRASE = "correct horse battery"
+
+# What it is; the secret; options, of which {} is a file with the secret (and a line end); environment; who uses it.
+SECRETS = [
+    ("key of the back end", "Ghq7-Kd81-s0Vx-22mT", ["--gateway-key-file", "{}"], {}, gateway_with),
+    ("key of the HTTP API", "Zt5w-Pq93-e7Bc-81nL", ["--admin-key-file", "{}"], {}, call_with),
+    ("Apple's .p8", key_of(P8), [*APNS, "--apns-key", P8, "--apns-key-id", "K", "--apns-team-id", "T"], {}, push_with),
+    ("passphrase in a file", PHRASE, [*APNS, "--apns-cert", CERTIFICATE, "--apns-key", "LOCKED",
+                                      "--apns-passphrase-file", "{}"], {}, push_with),
+    ("passphrase in the environment", PHRASE, [*APNS, "--apns-cert", CERTIFICATE, "--apns-key", "LOCKED"],
+     {"XCHAT_APNS_PASSPHRASE": PHRASE}, push_with),
+    ("key of a certificate", key_of(CERTIFICATE), BOTH, {}, nothing_with),
+]
+
+
+def leaks(secret, text):
+    """A piece of it, long enough to be no accident, as it is, in hex or in base64."""
+    raw = secret.replace("\n", "").encode()
+    forms = raw, raw.hex().encode(), *(base64.b64encode(raw[i:])[2:-4] for i in range(3))
+    return next((f[i:i + 10] for f in forms for i in range(len(f) - 9) if f[i:i + 10] in text), None)
+
+
+@case(rows=SECRETS)
+def secrets(name, secret, options, env, use):
+    """Used rightly and nearly so, read again, lost, garbled: not in argv, an answer or the log, however much it tells."""
+    seen = []
+    with tempfile.TemporaryDirectory() as d:
+        file = f"{d}/secret"
+        options = [*INNER, *(file if o == "{}" else f"{d}/locked" if o == "LOCKED" else o for o in options)]
+        if f"{d}/locked" in options:
+            if not shutil.which("openssl"):
+                raise Skip("openssl is not installed")
+            subprocess.run(["openssl", "pkcs8", "-topk8", "-in", CERTIFICATE, "-out", f"{d}/locked",
+                            "-passout", "env:P"], env={**os.environ, "P": PHRASE}, check=True)
+        for verbose in [], ["--verbose"]:
+            spelled(file, secret + "\n")
+            with Server(*options, *verbose, env=env) as s:
+                if os.path.exists(f"/proc/{s.pid}/cmdline"):
+                    with open(f"/proc/{s.pid}/cmdline", "rb") as argv:
+                        seen.append(argv.read())
+                for key in secret, secret[:-1], secret + "x", secret.swapcase(), secret + " " + secret:
+                    seen.append(use(s, key.replace("\n", " ")))
+                for text in secret, "", secret * 100, "\0" + secret:
+                    spelled(file, text)
+                    before = len(s.lines)
+                    s.signal(signal.SIGHUP)
+                    until(lambda: len(s.lines) > before, "the log says nothing of SIGHUP")
+            seen.append(s.log().encode())
+            for text in secret, secret * 100:   # the second cannot be right, and is told of
+                spelled(file, text)
+                given = {variable: text for variable in env}
+                seen += [out.encode() for out in run("--check", *options, *verbose, env=given)[1:]]
+    for text in seen:
+        piece = leaks(secret, text)
+        check(not piece, piece, "of the secret is in", text[max(0, text.find(piece or b"") - 200):][:400])
 
 
 # ---------------------------------------------------------------------------

@@ -233,6 +233,22 @@ def readme():
         yield "the options are not found in the source"
 
 
+def attacks():
+    """The table of test/attacks.py names cases that exist, and all of its own."""
+    text = read("test/attacks.py")
+    table = text.split('"""')[1].partition("What is tried")[2].partition("\n")[2]
+    names = {name for line in table.split("\n") for name in line[55:].split()}
+    for name in sorted(names):
+        file, _, case = name.rpartition(".")
+        file = "unit.c" if file == "unit" else (file or "attacks") + ".py"
+        wanted = r"^(static void|def) %s\(|^# %s:" % (case, case.removeprefix("scene_"))
+        if not re.search(wanted, read("test/" + file), re.M):
+            yield "there is no " + name
+    for name in re.findall(r"^@(?:attack|case)\([^@]*?\ndef (\w+)", text, re.M):
+        if name not in names:
+            yield name + " is not in the table"
+
+
 def notes():
     """No notes to ourselves in what we hand out."""
     word = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X|HA" r"CK)\b")
@@ -255,7 +271,7 @@ def top():
 
 def main():
     failed = False
-    checks = [contents, bottom_up, state, lengths, columns, ascii_only, banned, comments, essays, readme, notes, top]
+    checks = [contents, bottom_up, state, lengths, columns, ascii_only, banned, comments, essays, readme, attacks, notes, top]
     for check in checks:
         if sys.argv[1:] and check.__name__ not in sys.argv[1:]:
             continue
