@@ -9,6 +9,7 @@ one, Bob's), and drives them through chromedriver's plain HTTP interface. For ea
 here sleeps for a fixed time: every step waits for what it needs, up to a deadline.
 """
 import base64
+import hashlib
 import http.client
 import json
 import os
@@ -16,12 +17,14 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CERTIFICATE = os.path.join(ROOT, "test", "localhost.pem")
 WAIT = 6.0          # seconds a condition may take before it counts as broken
 CASES = []
 
@@ -93,7 +96,7 @@ class Server:
             self.process = subprocess.Popen(
                 [self.binary, "--port", str(self.port), "--rate", "0", "--max-message", "8192",
                  "--data", self.data, "--bind", "plain:127.0.0.1", "--bind", "tls:127.0.0.1:0",
-                 "--tls-cert", os.path.join(ROOT, "test", "localhost.pem")],
+                 "--tls-cert", CERTIFICATE],
                 stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
         self.port = port_from(log, self.process, r"listening on 127\.0\.0\.1:(\d+)\n", WAIT)
         self.tls_port = port_from(log, self.process, r"listening on 127\.0\.0\.1:(\d+) \(TLS\)", WAIT)
@@ -178,6 +181,14 @@ class Driver:
         end_process(self.process)
 
 
+def spki(path):
+    """The hash by which Chromium knows a key: of its SubjectPublicKeyInfo, which for P-256 begins as here."""
+    with open(path) as file:
+        der = ssl.PEM_cert_to_DER_cert(file.read().partition("-----BEGIN PRIVATE")[0].strip())
+    start = der.index(bytes.fromhex("3059301306072a8648ce3d0201"))
+    return base64.b64encode(hashlib.sha256(der[start:start + 91]).digest()).decode()
+
+
 class Browser:
     """One Chromium with one person in front of it."""
     ENTER, TAB, ESCAPE, LEFT = "\ue007", "\ue004", "\ue00c", "\ue012"
@@ -190,8 +201,10 @@ class Browser:
             "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
             "--disable-dev-shm-usage", "--window-size=1000,700", "--lang=" + language,
-            "--accept-lang=" + language, "--user-data-dir=" + profile]}
-        capabilities = {"browserName": "chrome", "acceptInsecureCerts": True, "goog:chromeOptions": options,
+            "--accept-lang=" + language, "--user-data-dir=" + profile,
+            # The test's own CA and certificate, and no other that is unknown:
+            "--ignore-certificate-errors-spki-list=" + spki(CERTIFICATE)]}
+        capabilities = {"browserName": "chrome", "goog:chromeOptions": options,
                         "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
         session = driver.call("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
         self.path = "/session/" + session["sessionId"]

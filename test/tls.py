@@ -5,15 +5,17 @@ directory are for these tests and nothing else: everybody has their keys.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import socket
 import ssl
+import subprocess
 import tempfile
 
-from harness import (CERTIFICATE, CLOSE, DEADLINE, SLOW, TEXT, Bystander, Http, Server, Stream, Ws, case, check,
-                     frame, get, instrumented, join, main, run, trusting, until)
+from harness import (ACCEPT, CERTIFICATE, CLOSE, DEADLINE, SLOW, TEXT, UPGRADE, Bystander, Http, Server, Skip, Stream,
+                     Ws, case, check, frame, get, instrumented, join, main, run, trusting, until)
 
 OTHER = os.path.join(os.path.dirname(CERTIFICATE), "other.pem")
 TLS = ("--tls-cert", CERTIFICATE)
@@ -296,6 +298,80 @@ def files():
             check(status == 2 and err.count("\n") == 1, options, status, err)
 
 
+# ---------------------------------------------------------------------------
+# The clients of others. A browser is in browser.py (over_tls), nginx in proxy.py.
+# ---------------------------------------------------------------------------
+
+def outside(*line, say=b""):
+    """(status, all it prints) of a program that is not ours."""
+    if not shutil.which(line[0]):
+        raise Skip(f"{line[0]} is not installed")
+    try:
+        done = subprocess.run(list(map(str, line)), input=say, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=2 * DEADLINE)
+    except subprocess.TimeoutExpired as late:
+        raise AssertionError(f"{line} does not end: {late.output}") from None
+    return done.returncode, done.stdout.decode(errors="replace")
+
+
+@contextlib.contextmanager
+def of_a_ca(*options):
+    """(server, CA, another CA): between CA and certificate is one that clients do not know, so it has to be sent."""
+    with tempfile.TemporaryDirectory() as d:
+        def new(name, by=None, *more):
+            signed = ("-CA", f"{d}/{by}.pem", "-CAkey", f"{d}/{by}.key") if by else ()
+            status, out = outside("openssl", "req", "-x509", "-nodes", "-newkey", "ec",
+                                  "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", 9, "-subj", f"/CN={name}", "-keyout", f"{d}/{name}.key",
+                                  "-out", f"{d}/{name}.pem", *signed, *more)
+            check(status == 0, out)
+        new("root"), new("stranger"), new("middle", "root")
+        new("localhost", "middle", "-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=CA:FALSE")
+        with open(f"{d}/chain.pem", "wb") as chain:
+            for name in "localhost", "middle":
+                with open(f"{d}/{name}.pem", "rb") as file:
+                    chain.write(file.read())
+        with Server("--tls-cert", f"{d}/chain.pem", "--tls-key", f"{d}/localhost.key", *options) as s:
+            yield s, f"{d}/root.pem", f"{d}/stranger.pem"
+
+
+@case()
+def openssl_s_client():
+    """It verifies the chain, and speaks TLS 1.2 and 1.3; an older one, another CA, a second handshake are refused."""
+    with of_a_ca() as (s, ca, stranger):
+        client = functools.partial(outside, "openssl", "s_client", "-connect", f"127.0.0.1:{s.port}", "-servername",
+                                   "localhost", "-verify_hostname", "localhost", "-verify_return_error")
+        asking = get("/health", "Connection: close")
+        for version in "-tls1_2", "-tls1_3":
+            status, out = client("-CAfile", ca, version, "-ign_eof", "-alpn", "h2,http/1.1", say=asking)
+            check(status == 0 and "Verify return code: 0" in out and out.find("\nok\n") > 0, status, out)
+            check("ALPN protocol: http/1.1" in out and "Secure Renegotiation IS" in out, out)
+            status, out = client("-CAfile", stranger, version, say=asking)
+            check(status != 0 and "\nok\n" not in out, "another CA:", out)
+        status, out = client("-CAfile", ca, "-tls1_1", "-cipher", "ALL:@SECLEVEL=0", say=asking)
+        check(status != 0 and "\nok\n" not in out, "TLS 1.1:", out)
+        status, out = client("-CAfile", ca, "-tls1_2", say=b"R\n")
+        check("RENEGOTIATING" in out and "no renegotiation" in out, "renegotiation:", out)
+        ann, bob = join(s, "room", "Ann", "Bob", tls=trusting(ca))
+        ann.say("hello")
+        bob.expect("say", content="hello")
+
+
+@case()
+def curl():
+    """The page, a kept connection and an upgrade; it refuses us where it does not know the CA."""
+    with of_a_ca() as (s, ca, stranger):
+        site = f"https://localhost:{s.port}"
+        client = functools.partial(outside, "curl", "-sS", "--resolve", f"localhost:{s.port}:127.0.0.1",
+                                   "--max-time", DEADLINE)
+        status, out = client("--cacert", ca, site + "/", site + "/health", "-w", "[%{http_code} %{num_connects}]")
+        check(status == 0 and "<title>" in out and "[200 1]" in out and out.endswith("ok\n[200 0]"), status, out[-300:])
+        status, out = client("--cacert", stranger, site + "/")
+        check(status == 60, "another CA:", status, out)
+        lines = [word for line in UPGRADE for word in ("-H", line)]
+        status, out = client("--cacert", ca, "--http1.1", "-i", "--max-time", SLOW, *lines, site + "/")
+        check("HTTP/1.1 101 " in out and ACCEPT in out, "upgrade:", status, out)
+
+
 @case(*TLS, serial=True)
 def memory(s):
     """An idle TLS client costs little; what those who left had is there for others."""
@@ -318,4 +394,4 @@ def memory(s):
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
