@@ -7,7 +7,7 @@ SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -
 xchat: xchat.c
 	$(CC) -O2 $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ xchat.c -lssl -lcrypto
 
-.PHONY: run test asan valgrind fuzz bench install clean
+.PHONY: run test asan valgrind fuzz bench abuse install clean
 run: xchat
 	./xchat
 
@@ -29,6 +29,9 @@ fuzz:
 
 bench:
 	python3 test/bench
+
+abuse: xchat
+	python3 test/abuse
 
 install: xchat
 	mkdir -p $(DESTDIR)$(PREFIX)/bin
