@@ -139,7 +139,7 @@ static struct {
     uint32_t rate, burst, backlog, ping_s, timeout_s, retain, segment, fsync, verbose, apns_format, check;
     const char *data, *tls_cert, *tls_key;
     const char *apns, *apns_cert, *apns_key, *apns_key_id, *apns_team_id, *apns_topic, *apns_ca;
-    const char *apns_passphrase_file, *push_content, *push_test, *push_text, *admin, *user, *chroot;
+    const char *apns_passphrase_file, *push_content, *push_test, *push_text, *admin, *user, *chroot, *origin;
     const char *gateway, *reg, *join, *gateway_key_file, *admin_key_file;
 } opt;
 
@@ -1823,6 +1823,23 @@ static int http_refuse(struct conn *c, const char *status, slice extra, const ch
     return -1;
 }
 
+/* Without the port that goes without saying. */
+static slice http_host(slice host, slice port) {
+    size_t n = host.len > port.len ? host.len - port.len : 0;
+    return n > 0 && slice_eq(slice_cut(host, n), port) ? slice_take(host, n) : host;
+}
+
+/* Any page can have its reader's browser connect to any server, which must look whose page
+ * that is (Origin, RFC 6454): ours, or one of --origin. Apps send none, or where they go. */
+static bool http_welcome(const struct conn *c, const struct request *q) {
+    slice origin = q->header[ORIGIN], host = origin, scheme = slice_split(&host, ':'), list = slice_of(opt.origin);
+    bool tls = http_has_token(S("https,wss"), scheme), plain = c->ssl == NULL && http_has_token(S("http,ws"), scheme);
+    slice port = tls ? S(":443") : S(":80");
+    if (origin.len == 0 || http_has_token(list, origin) || http_has_token(list, S("*"))) return true;
+    return (tls || plain) && slice_starts(host, S("//")) &&
+           slice_eqcase(http_host(slice_cut(host, 2), port), http_host(q->header[HOST], port));
+}
+
 /* The upgrade (RFC 6455, section 4.2). */
 static int ws_upgrade(struct conn *c, const struct request *q) {
     unsigned char text[60], hash[SHA_DIGEST_LENGTH], accept[4 * (SHA_DIGEST_LENGTH / 3 + 1) + 1];
@@ -1836,6 +1853,7 @@ static int ws_upgrade(struct conn *c, const struct request *q) {
         return http_refuse(c, "426 Upgrade Required",
                            S(PLAIN "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"), "wrong version\n");
     if (!key_ok) return http_refuse(c, "400 Bad Request", S(PLAIN), "Sec-WebSocket-Key: 16 bytes in base64\n");
+    if (!http_welcome(c, q)) return http_refuse(c, "403 Forbidden", S(PLAIN), "a page not of --origin asks\n");
     memcpy(text, key.p, 24);
     memcpy(text + 24, "258EAFA5-E914-47DA-95CA-C5AB0DC85B11", 36);
     SHA1(text, sizeof text, hash);
@@ -6998,6 +7016,7 @@ static struct option {
     {"join", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.join, "tell this register of us: HOST:PORT"},
     {"gateway-key-file", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.gateway_key_file, "secret key of these three"},
     {"trust-proxy", "CIDR", 0, NULL, 0, 0, 0, http_trust, NULL, "proxy whose X-Forwarded-For counts; repeatable"},
+    {"origin", "LIST", 0, NULL, 0, 0, 0, NULL, &opt.origin, "whose pages may connect too: https://HOST,... or *"},
     {"ping", "SECONDS", 0, &opt.ping_s, 1, 86400, 25, NULL, NULL, "silence before a ping; three and it is gone"},
     {"timeout", "SECONDS", 0, &opt.timeout_s, 1, 3600, 10, NULL, NULL, "time for a whole HTTP request"},
     {"user", "NAME", 0, NULL, 0, 0, 0, NULL, &opt.user, "NAME[:GROUP] to become once all is open"},
@@ -7060,7 +7079,7 @@ static int option_read(int argc, char **argv, int i) {
 
 /* The command line goes before the environment. */
 static void options_read(int argc, char **argv) {
-    opt.push_content = "full";
+    opt.push_content = "full", opt.origin = "";
     for (struct option *o = options; o < options + N_OPTIONS; o++)
         if (o->number != NULL) *o->number = o->initial;
     for (int i = 1; i < argc;) i += option_read(argc, argv, i);

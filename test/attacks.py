@@ -599,6 +599,78 @@ def handshake_of_another_kind(s, name, request):
     check(http.ask("/", *UPGRADE, **request).status in (200, 400, 405, 426, 505))
 
 
+ORIGINS = [  # Origin, Host, may it, with the option of foreign_pages
+    (None, "localhost:7272", True),
+    ("http://localhost:7272", "localhost:7272", True),
+    ("https://localhost:7272", "localhost:7272", True),
+    ("HTTPS://LocalHost:7272", "localhost:7272", True),
+    ("https://localhost", "localhost", True),
+    ("https://localhost:443", "localhost", True),
+    ("https://localhost", "localhost:443", True),
+    ("https://good.example", "localhost:7272", True),
+    ("https://also.example:8443", "localhost:7272", True),
+    ("app://chat", "localhost:7272", True),
+    ("http://localhost:7273", "localhost:7272", False),
+    ("http://localhost", "localhost:7272", False),
+    ("https://localhost", "localhost:8443", False),
+    ("http://localhost:7272.evil", "localhost:7272", False),
+    ("http://localhost.evil:7272", "localhost:7272", False),
+    ("http://evil.localhost:7272", "localhost:7272", False),
+    ("http://user@localhost:7272", "localhost:7272", False),
+    ("http://localhost:7272/", "localhost:7272", False),
+    ("null", "localhost:7272", False),
+    ("*", "localhost:7272", False),
+    ("file://", "localhost:7272", False),
+    ("localhost:7272", "localhost:7272", False),
+    ("https://good.example.evil", "localhost:7272", False),
+    ("https://evil.good.example", "localhost:7272", False),
+    ("https://evilgood.example", "localhost:7272", False),
+    ("https://good.example:8443", "localhost:7272", False),
+    ("http://good.example", "localhost:7272", False),
+    ("https://good.example, http://localhost:7272", "localhost:7272", False),
+    ("https://good.example app://chat", "localhost:7272", False),
+    ("https://" + "a" * 4000, "localhost:7272", False),
+]
+
+
+def connects(s, origin, host="localhost", *more):
+    """The status that a page of this origin gets for its handshake."""
+    lines = [f"Host: {host}", *([] if origin is None else [f"Origin: {origin}"]), *more, *UPGRADE]
+    http = Http(s)
+    http.send(("GET / HTTP/1.1\r\n" + "\r\n".join(lines) + "\r\n\r\n").encode())
+    answer = http.answer()
+    if answer.status == 403:
+        check(b"--origin" in answer.body, answer)
+        http.expect_end()
+    http.close()
+    return answer.status
+
+
+@attack("--origin", "https://good.example,app://chat , https://Also.example:8443",
+        rows=[(f"{origin} to {host}"[:80], origin, host, good) for origin, host, good in ORIGINS])
+def foreign_pages(s, name, origin, host, good):
+    """A page may make its reader's browser connect to any server, which then must look whose page it is."""
+    secure = s.tls[0] and (origin or "").lower().startswith("http://localhost")
+    check(connects(s, origin, host) == (101 if good and not secure else 403), "handshake answered by", connects(s, origin, host))
+
+
+@attack()
+def origins_by_default(s):
+    """Without --origin: one's own page, and who is no page."""
+    for origin, status in (None, 101), ("https://localhost", 101), ("https://good.example", 403), ("null", 403):
+        check(connects(s, origin) == status, origin)
+    check(connects(s, "https://localhost", "localhost", "Origin: https://good.example") == 400, "two origins")
+    check(connects(s, "") == 400, "an origin of nothing")
+    check(Http(s).ask("/", "Origin: https://evil.example").status == 200, "a link to the page is not followed")
+
+
+@attack("--origin", "*")
+def any_origin(s):
+    """* opens it to all."""
+    for origin in None, "null", "https://evil.example", "https://localhost":
+        check(connects(s, origin) == 101, origin)
+
+
 PATHS = ["/xchat.c", "//etc/passwd", "/../../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/..%2f..%2fetc%2fpasswd",
          "/..\\..\\etc\\passwd", "/%00", "/.", "/..", "/index.html", "/.git/config", "/%", "/%zz", "//", "/health/",
          "/health%00", "/HEALTH", "/?", "/;", "/#", "etc/passwd", "*", "file:///etc/passwd", "/\xff\xfe"]

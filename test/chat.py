@@ -751,7 +751,7 @@ def the_ios_app(s):
     app.expect_close(1002)
 
 
-@case()
+@case("--origin", "http://chat.example:55151")
 def the_web_page(s):
     """A browser's handshake, JSON made by hand with a number for the room, and reconnecting at once."""
     for _ in range(3):

@@ -709,6 +709,47 @@ static void test_cidr(void) {
         CHECK((http_trust("::1") == NULL) == (i < COUNT(http.proxies)), "%zu proxies", i + 1);
 }
 
+/* Pages of which origins may connect: a + in front where they may. */
+static void test_origins(void) {
+    static const struct {
+        const char *allowed, *host, *origins[16];
+        bool tls;
+    } cases[] = {
+        {NULL, "chat.example:7272", {"+", "+http://chat.example:7272", "+https://chat.example:7272", "+HTTP://Chat.Example:7272",
+         "+ws://chat.example:7272", "http://chat.example", "http://chat.example:727", "http://chat.example:72720",
+         "http://chat.example:7272/", "http://chat.example.evil:7272", "http://evil.chat.example:7272", "null", "*",
+         "chat.example:7272", "file://", "http:chat.example:7272"}, false},
+        {NULL, "chat.example", {"+http://chat.example", "+https://chat.example", "+http://chat.example:80",
+         "+https://chat.example:443", "http://chat.example:443", "https://chat.example:80", "http://chat.example:7272",
+         "http://", "https://", "http", ":", "://chat.example", "ftp://chat.example", "http://user@chat.example",
+         "https://chat.example.evil", "https://chat.example "}, false},
+        {NULL, "chat.example:443", {"+https://chat.example", "+https://chat.example:443", "http://chat.example"}, false},
+        {NULL, "chat.example:80", {"+http://chat.example", "https://chat.example", "+http://chat.example:80"}, false},
+        {NULL, "chat.example", {"+https://chat.example", "+wss://chat.example", "http://chat.example", "ws://chat.example"}, true},
+        {NULL, "[::1]:7272", {"+http://[::1]:7272", "http://[::1]", "http://[::2]:7272"}, false},
+        {NULL, ":80", {"http://", "http://:443", "+http://:80"}, false},
+        {"https://good.example", "h", {"+https://good.example", "+HTTPS://GOOD.example", "+http://h", "https://good.example.evil",
+         "https://good.example:8443", "https://good.example:443", "http://good.example", "https://xgood.example",
+         "https://good.exampl", "https://evil.example/https://good.example", "https://good.example, https://evil.example",
+         "null", "good.example"}, false},
+        {"https://a.example , app://b", "h", {"+https://a.example", "+app://b", "app://a", "app://", "http://a.example", ","}, false},
+        {"*", "h", {"+null", "+https://any.example", "+nonsense", "+"}, false},
+    };
+    struct request q = {0};
+    struct conn c = {0};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        opt.origin = cases[i].allowed != NULL ? cases[i].allowed : "";
+        c.ssl = cases[i].tls ? (SSL *)(void *)&c : NULL;
+        for (size_t k = 0; k < COUNT(cases->origins) && cases[i].origins[k] != NULL; k++) {
+            const char *origin = cases[i].origins[k];
+            q.header[HOST] = slice_of(cases[i].host);
+            q.header[ORIGIN] = spelled(origin + (*origin == '+'));
+            CHECK(http_welcome(&c, &q) == (*origin == '+'), "case %zu: %s", i, origin);
+        }
+    }
+    opt.origin = "";
+}
+
 /* Two from one address are enough here, and a whole IPv6 network is one address. */
 static void test_callers(void) {
     static const char *const peers[] = {
@@ -1833,7 +1874,7 @@ static void test_option_ranges(void) {
 static void test_option_forms(void) {
     static const char *const good[] = {
         "", "-p 1 --port=2", "-v", "--verbose", "-b ::1 -b unix:/a=b", "--bind=unix:/a=b",
-        "--trust-proxy 10.0.0.0/8",
+        "--trust-proxy 10.0.0.0/8", "--origin *", "--origin=http://b:80,app://c",
     };
     static const char *const wrong[] = {
         "--trust-proxy 10.0.0.0/33", "--trust-proxy", "--port", "-p", "-p8080", "-p=8080", "--nope",
@@ -2095,7 +2136,7 @@ static const struct {
 } tests[] = {
     TEST(slices), TEST(numbers), TEST(buffers), TEST(log), TEST(utf8), TEST(utf8_exhaustive),
     TEST(json), TEST(json_wrong), TEST(json_depth), TEST(json_pick), TEST(json_text), TEST(json_each),
-    TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(cidr), TEST(callers),
+    TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(cidr), TEST(origins), TEST(callers),
     TEST(http), TEST(forwarded), TEST(frames), TEST(frame_sizes),
     TEST(rooms_memory), TEST(rooms_stop), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
     TEST(room_get), TEST(rooms_order),
