@@ -82,6 +82,7 @@
 #include <openssl/ecdsa.h>
 #include <openssl/err.h>
 #include <openssl/evp.h>
+#include <openssl/hmac.h>
 #include <openssl/pem.h>
 #include <openssl/rand.h>
 #include <openssl/sha.h>
@@ -140,7 +141,7 @@ static struct {
     const char *data, *tls_cert, *tls_key;
     const char *apns, *apns_cert, *apns_key, *apns_key_id, *apns_team_id, *apns_topic, *apns_ca;
     const char *apns_passphrase_file, *push_content, *push_test, *push_text, *admin, *user, *chroot, *origin;
-    const char *gateway, *reg, *join, *gateway_key_file, *admin_key_file;
+    const char *gateway, *reg, *join, *gateway_key_file, *admin_key_file, *make_token;
 } opt;
 
 /* Limits that nobody has asked to change yet. */
@@ -148,6 +149,8 @@ enum {
     NAME_MAX_BYTES = 64, ROOM_MAX_BYTES = 128, REF_MAX_BYTES = 64,
     ROOMS_PER_CLIENT = 64,
     KEPT_ROOMS = 2,           /* of these, for what a client does itself: its room, its user's inbox */
+    SECRET_MIN = 16, SECRET_MAX = 1024,
+    LEEWAY_S = 30, PASS_S = 86400,   /* how far clocks may be apart; how long --make-token lasts */
     JSON_DEPTH = 32,          /* arrays and objects inside each other */
     FRAGMENTS_MAX = 10000,    /* frames that make up one message */
     READ_BYTES = 65536,       /* read from one connection in one round, or from a file */
@@ -3517,6 +3520,19 @@ static void base64url(struct buf *b, slice s) {
     b->len += (uint32_t)n;
 }
 
+/* Appends the bytes of it; false for what base64url() would not write. */
+static bool base64url_read(slice s, struct buf *b) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    uint32_t bits = 0;
+    for (size_t i = 0; i < s.len; i++) {
+        const char *at = memchr(digits, s.p[i], 64);
+        if (at == NULL) return false;
+        bits = bits << 6 | (uint32_t)(at - digits);
+        if (i % 4 > 0) buf_addc(b, (char)(bits >> (6 - i % 4 * 2)));
+    }
+    return s.len % 4 != 1 && (bits & (s.len % 4 == 2 ? 15 : s.len % 4 == 3 ? 3 : 0)) == 0;
+}
+
 /* OpenSSL wraps the two numbers of a signature in DER; JWT has them bare, of 32 bytes each. */
 static bool jwt_bare(const unsigned char *der, size_t n, unsigned char bare[64]) {
     ECDSA_SIG *sig = d2i_ECDSA_SIG(NULL, &der, (long)n);
@@ -4440,7 +4456,7 @@ static void push_try(void) {
  *     client --> server                         server --> client
  *     login   client_name, room_id,             login   client_id, client_name, time
  *             since or history,                         (and client_list: it is you)
- *             device_token
+ *             device_token, token
  *     say     to_client_id or to_uid,           say     from_client_id, content, ...
  *             to_client_name, content                   and an id, if it is kept
  *     history before, count                     history messages, more
@@ -4456,6 +4472,15 @@ static void push_try(void) {
  * before anything new. If part of that has been dropped, it is told so, and gets all
  * there is.
  *
+ * A name is a label that anybody may take. With --jwt-secret-file each login needs a PASS,
+ * a token (JWT, RFC 7519) that somebody who has the secret has signed:
+ *
+ *     eyJhbGciOiJIUzI1NiJ9 . eyJzdWIiOiI0MiJ9 . o2xQLeZs...
+ *     {"alg":"HS256"}        {"sub":"42"}       HMAC-SHA-256 of all before this dot
+ *
+ * `sub` is the user, `name` its name, `rooms` where it may go. A token names its own
+ * algorithm; servers that believe it take "none". Here there is one: HS256.
+ *
  * client_id is 20 hex digits, which clients use as an HTML id:
  *
  *     7f000001 1c68 8d2f01a7     IPv4 address, port, and connection number: that starts
@@ -4468,7 +4493,7 @@ static void push_try(void) {
  * done, or answered with an `error` that names the field. Clients ignore what they do
  * not know.
  *
- * Owns: the clients and their ids. Calls: all above.
+ * Owns: the clients and their ids, the secrets. Calls: all above.
  * Called by: 10 Back end, 11 HTTP API, 12 Page, 13 Main.
  * Promises: bad input hurts nobody but its sender.
  */
@@ -4479,7 +4504,7 @@ struct client {
     struct member *seat;    /* in the room it speaks in; NULL before login */
     struct member *inbox;   /* its place in its user's inbox, or NULL */
     struct device *phone;   /* if it has told its device token, and there is --apns; or NULL */
-    char *uid;              /* the user it has proved to be, owned, or NULL; set before login */
+    char *uid;              /* the user it has proved to be, owned, or NULL: client_identify() */
     char *name;             /* HTML, owned; NULL before login */
     int64_t filled_ms;      /* when tokens were last added */
     int32_t tokens;         /* thousandths of messages it may send now: chat_allow() */
@@ -4503,7 +4528,7 @@ enum { ON_CONNECT = 1, ON_MESSAGE = 3, ON_CLOSE = 4, ON_WEBSOCKET = 205 };
 /* The fields we look at; chat_message() has their names in the same order. */
 enum field {
     TYPE, REF, CLIENT_NAME, ROOM_ID, TO_CLIENT_ID, TO_UID, TO_CLIENT_NAME, CONTENT,
-    SINCE, INBOX_SINCE, HISTORY, BEFORE, COUNT, DEVICE_TOKEN, FORGET_DEVICE, FIELDS
+    SINCE, INBOX_SINCE, HISTORY, BEFORE, COUNT, DEVICE_TOKEN, FORGET_DEVICE, TOKEN, FIELDS
 };
 
 static struct {
@@ -4517,11 +4542,20 @@ static struct {
     slice ref;                     /* its ref, raw JSON, or empty */
     struct buf text, html, name;   /* decoded fields */
     struct buf token;              /* a device token */
+    struct buf pass, uid;          /* a part of a pass, decoded; who a login is from, or empty */
+    struct secret {
+        const char *file;
+        size_t len;
+        char text[SECRET_MAX];
+    } secrets[2];                  /* two while one replaces the other */
+    uint32_t n_secrets;
     struct buf json;               /* the answer being written */
     unsigned long long received, limited;   /* messages, and those over --rate */
 } chat;
 
 static slice client_key(const void *item) { return (slice){((const struct client *)item)->id, 20}; }
+
+static slice client_uid(const struct client *cl) { return slice_of(cl->uid != NULL ? cl->uid : ""); }
 
 /* The client of this id, or NULL. */
 static struct client *client_find(slice id) { return id.len == 20 ? table_find(&chat.clients, id) : NULL; }
@@ -4768,6 +4802,126 @@ static void chat_unsaid(slice text) {
                 f[1].raw.p != NULL ? f[1].raw : S(""));
 }
 
+/* ---- Passes. ---- */
+
+/* `take` of --jwt-secret-file. */
+static const char *pass_file(const char *value) {
+    if (chat.n_secrets == 2) return "two are enough";
+    chat.secrets[chat.n_secrets++].file = value;
+    return NULL;
+}
+
+/* Reads the secrets. False, after a line in the log: one stays as it was. */
+static bool pass_load(void) {
+    bool ok = true;
+    for (struct secret *s = chat.secrets; s < chat.secrets + chat.n_secrets; s++) {
+        char text[SECRET_MAX + 3];   /* and a line end, and one too many */
+        FILE *f = fopen(s->file, "r");
+        size_t n = f != NULL && setvbuf(f, NULL, _IONBF, 0) == 0 ? fread(text, 1, sizeof text, f) : 0;
+        const char *why = f == NULL || ferror(f) ? strerror(errno) : NULL;
+        if (f != NULL) fclose(f);
+        if (n > 0 && text[n - 1] == '\n') n -= n > 1 && text[n - 2] == '\r' ? 2 : 1;
+        if (why == NULL && (n < SECRET_MIN || n > SECRET_MAX)) why = "a secret has 16 to 1024 bytes";
+        if (why == NULL) memcpy(s->text, text, s->len = n);
+        else log_warn("--jwt-secret-file %s: %s", s->file, why), ok = false;
+        OPENSSL_cleanse(text, sizeof text);
+    }
+    return ok;
+}
+
+/* Appends the signature of what is there. */
+static void pass_sign(struct buf *b, const struct secret *s) {
+    unsigned char mac[SHA256_DIGEST_LENGTH], *text = (unsigned char *)b->p + b->off;
+    if (HMAC(EVP_sha256(), s->text, (int)s->len, text, b->len, mac, NULL) == NULL) die("HMAC-SHA-256 fails");
+    buf_addc(b, '.');
+    base64url(b, (slice){(char *)mac, sizeof mac});
+    OPENSSL_cleanse(mac, sizeof mac);
+}
+
+/* Decodes a part into chat.pass and finds its fields. False: it is no JSON object. */
+static bool pass_part(slice part, struct json_field *f, size_t n) {
+    size_t at;
+    buf_clear(&chat.pass);
+    return base64url_read(part, &chat.pass) && json_pick(buf_slice(&chat.pass), f, n, &at) == NULL;
+}
+
+/* Seconds since 1970, or NAN. A number is ended by what stands behind it. */
+static double pass_time(slice raw, double missing) {
+    bool number = raw.p != NULL && (*raw.p == '-' || (*raw.p >= '0' && *raw.p <= '9'));
+    return raw.p == NULL ? missing : number ? strtod(raw.p, NULL) : (double)NAN;
+}
+
+/* False: this is no text, or of another length, or has control characters. */
+static bool pass_text(slice raw, struct buf *b, size_t least, size_t most) {
+    if (raw.p == NULL) return least == 0;
+    slice text = json_get(raw, b);
+    return *raw.p == '"' && text.len >= least && text.len <= most && is_text(text, ' ', ' ');
+}
+
+/* Does the list have this room, or a beginning of it and "*"? NULL, or what is wrong. */
+static const char *pass_rooms(slice list, slice room) {
+    struct json j = {list, NULL};
+    bool found = false, good = json_take(&j, "[");
+    while (good && !json_take(&j, "]")) {
+        json_take(&j, ","), json_space(&j);
+        slice raw = j.rest;
+        good = json_skip(&j, "\"", 1) > 0 && json_string(&j);
+        slice name = json_get(slice_take(raw, raw.len - j.rest.len), &chat.html);
+        bool open = name.len > 0 && name.p[name.len - 1] == '*';
+        found |= open ? slice_starts(room, slice_take(name, name.len - 1)) : slice_eq(room, name);
+    }
+    return !good ? "rooms must be a list of texts" : found ? NULL : "room not allowed";
+}
+
+/* Does this token open this room? NULL, and who and under what name is in chat.uid and
+ * chat.name; or what is wrong. Before its signature nothing of it is looked at. */
+static const char *pass_check(slice token, slice room) {
+    enum { SUB, NAME, ROOMS, EXP, NBF, CLAIMS };
+    struct json_field head[] = {{.name = "alg"}, {.name = "crit"}};   /* no crit is known: RFC 7515, 4.1.11 */
+    struct json_field f[] = {{.name = "sub"}, {.name = "name"}, {.name = "rooms"}, {.name = "exp"}, {.name = "nbf"}};
+    slice rest = token, header = slice_split(&rest, '.'), claims = slice_split(&rest, '.');
+    bool good = false;
+    if (rest.len == 0) return token.len == 0 ? "missing" : "it is no HS256 token";
+    for (struct secret *s = chat.secrets; s < chat.secrets + chat.n_secrets; s++) {
+        buf_clear(&chat.pass);
+        buf_add(&chat.pass, slice_take(token, token.len - rest.len - 1));
+        pass_sign(&chat.pass, s);
+        good |= chat.pass.len == token.len && CRYPTO_memcmp(chat.pass.p, token.p, token.len) == 0;
+        OPENSSL_cleanse(chat.pass.p, chat.pass.len);
+    }
+    if (!good) return "bad signature";
+    if (!pass_part(header, head, 2) || !json_is(head[0].raw, "HS256") || head[1].raw.p != NULL)
+        return "it is no HS256 token";
+    if (!pass_part(claims, f, CLAIMS)) return "its claims are no JSON object";
+    double wall = (double)now.wall, end = pass_time(f[EXP].raw, wall), start = pass_time(f[NBF].raw, wall);
+    if (isnan(end) || isnan(start)) return "exp and nbf must be numbers";
+    if (wall >= end + LEEWAY_S) return "expired";
+    if (wall < start - LEEWAY_S) return "not valid yet";
+    if (!pass_text(f[SUB].raw, &chat.uid, 1, ROOM_MAX_BYTES)) return "sub must be text of 1 to 128 bytes";
+    if (!pass_text(f[NAME].raw, &chat.name, 0, NAME_MAX_BYTES)) return "name must be text of up to 64 bytes";
+    return f[ROOMS].raw.p != NULL ? pass_rooms(f[ROOMS].raw, room) : NULL;
+}
+
+/* --make-token: USER[,NAME[,ROOM...]] becomes a token for a day, made with the first secret. */
+static void pass_print(void) {
+    slice list = slice_of(opt.make_token), sub = slice_split(&list, ','), name = slice_split(&list, ',');
+    slice rest = list, room = slice_split(&rest, ',');
+    struct buf *json = &chat.json, *token = &chat.text;
+    if (chat.n_secrets == 0) usage("--make-token needs --jwt-secret-file");
+    buf_printf(json, "{\"exp\":%lld", (long long)now.wall + PASS_S);
+    json_add(json, "sub", sub);
+    if (name.len > 0) json_add(json, "name", name);
+    if (list.len > 0) json_name(json, "rooms");
+    for (char c = '['; list.len > 0; c = ',') buf_addc(json, c), json_quote(json, slice_split(&list, ','));
+    buf_add(json, room.len > 0 ? S("]}") : S("}"));
+    buf_add(token, S("eyJhbGciOiJIUzI1NiJ9."));   /* {"alg":"HS256"} */
+    base64url(token, buf_slice(json));
+    pass_sign(token, chat.secrets);
+    const char *why = pass_check(buf_slice(token), room);
+    if (why != NULL) usage("--make-token: %s", why);
+    printf("%.*s\n", F(buf_slice(token)));
+}
+
 /* ---- Rooms. ---- */
 
 /* Leaves the room; the others hear of it. */
@@ -4820,27 +4974,24 @@ static bool chat_phone(struct client *cl) {
     return chat_error(cl, "bad_field", "device_token must be %d to %d hex digits, two a byte", TOKEN_MIN, TOKEN_MAX);
 }
 
-/* The phone of this client is in its room from now on, and in its user's inbox, whether
- * it is connected or not. */
-static void chat_subscribe(struct client *cl) {
-    struct device *old = cl->phone, *d = push_online(buf_slice(&chat.token), slice_of(cl->uid != NULL ? cl->uid : ""));
+/* The phone of this token is in the client's room from now on, and in its user's inbox,
+ * whether it is connected or not. */
+static void chat_subscribe(struct client *cl, slice token) {
+    struct device *old = cl->phone, *d = push_online(token, client_uid(cl));
     for (struct member *m = cl->c->joined; d != NULL && m != NULL; m = m->also) push_join(d, room_key(m->room));
     if (old != NULL) push_offline(old);
     cl->phone = d;
 }
 
-/* From now on a client is this user, or, if that is empty, none, and is in the inbox of the user. */
+/* From now on this client is this user, or nobody (""), and in the user's inbox, and so is its
+ * phone. If the inbox cannot be opened now, the next call may do it. */
 static void client_identify(struct client *cl, slice uid) {
-    if (cl->inbox != NULL && slice_eq(room_name(cl->inbox->room), uid)) return;   /* it may be catching up */
-    struct room *inbox = uid.len > 0 ? room_open(S("users/"), uid) : NULL;
-    if (cl->inbox != NULL) room_leave(cl->inbox);
-    free(cl->uid);
-    cl->uid = inbox != NULL ? memcpy(xcalloc(uid.len + 1), uid.p, uid.len) : NULL;
-    cl->inbox = inbox != NULL ? room_join(inbox, cl->c, ROOMS_PER_CLIENT) : NULL;
-    if (cl->phone == NULL) return;
-    buf_clear(&chat.token);
-    buf_add(&chat.token, device_key(cl->phone));
-    chat_subscribe(cl);
+    bool same = slice_eq(client_uid(cl), uid);
+    if (!same && cl->inbox != NULL) room_leave(cl->inbox), cl->inbox = NULL;
+    if (!same) free(cl->uid), cl->uid = uid.len > 0 ? memcpy(xcalloc(uid.len + 1), uid.p, uid.len) : NULL;
+    struct room *inbox = cl->uid != NULL && cl->inbox == NULL ? room_open(S("users/"), uid) : NULL;
+    if (inbox != NULL && !inbox->past->unknown) cl->inbox = room_join(inbox, cl->c, ROOMS_PER_CLIENT);
+    if (!same && cl->phone != NULL) chat_subscribe(cl, device_key(cl->phone));
 }
 
 static bool chat_login(struct client *cl) {
@@ -4851,6 +5002,8 @@ static bool chat_login(struct client *cl) {
     slice room = buf_slice(&chat.text);
     if (room.len == 0 || slice_eq(room, S("0")))
         return chat_error(cl, "bad_field", "room_id must name a room, and not be empty or 0");
+    const char *why = chat.n_secrets > 0 ? pass_check(json_get(chat.f[TOKEN].raw, &chat.html), room) : NULL;
+    if (why != NULL) return chat_error(cl, "unauthorized", "token: %s", why);
     struct room *r = room_open(S("rooms/"), room);
     if (r == NULL) return chat_error(cl, "limit", "there are already %u rooms (--max-rooms)", opt.max_rooms);
     if (r->past->unknown) return chat_error(cl, "storage", "the history of this room cannot be read now");
@@ -4858,13 +5011,14 @@ static bool chat_login(struct client *cl) {
     if (cl->seat == NULL) cl->seat = room_member(r, cl->c);   /* the back end may have brought it there */
     if (cl->seat == NULL && room_count(cl->c) >= ROOMS_PER_CLIENT - 1)
         return chat_error(cl, "limit", "you are in %d rooms already", ROOMS_PER_CLIENT - 1);
+    client_identify(cl, chat.n_secrets > 0 ? buf_slice(&chat.uid) : client_uid(cl));
     buf_clear(&chat.html);
     html_escape(&chat.html, buf_slice(&chat.name), false);
     client_name(cl, buf_slice(&chat.html));
     cl->number_room = chat.f[ROOM_ID].raw.p != NULL && *chat.f[ROOM_ID].raw.p != '"';
     cl->newer = true;
     chat_enter(cl, r, newest);
-    if (chat.token.len > 0) chat_subscribe(cl);
+    if (chat.token.len > 0) chat_subscribe(cl, buf_slice(&chat.token));
     return true;
 }
 
@@ -5004,7 +5158,7 @@ static bool chat_allow(struct client *cl) {
 static void chat_message(struct conn *c, slice text) {
     static const char *const names[FIELDS] = {
         "type", "ref", "client_name", "room_id", "to_client_id", "to_uid", "to_client_name", "content",
-        "since", "inbox_since", "history", "before", "count", "device_token", "forget_device",
+        "since", "inbox_since", "history", "before", "count", "device_token", "forget_device", "token",
     };
     struct client *cl = c->state;
     size_t at;
@@ -6638,7 +6792,8 @@ static const char *const page_lines[] = {
     "  'To everyone': '对所有人说', 'Private to %': '悄悄对 % 说', 'Not sent: ': '没有发出：', 'too long': '太长了',",
     "  'Connecting...': '正在连接…', 'Offline: your text is kept.': '离线，文字会保留', 'Edit again': '重新编辑',",
     "  'Some messages are gone.': '有些消息已经丢失', 'connection lost': '连接断开', 'has left': '对方已经离开',",
-    "  'Connection closed: ': '连接被服务器关闭：', 'too fast': '说得太快了', 'cannot be saved': '服务器无法保存' },",
+    "  'Connection closed: ': '连接被服务器关闭：', 'too fast': '说得太快了', 'cannot be saved': '服务器无法保存',",
+    "  'token: missing': '需要登录凭证', 'token: expired': '凭证已过期', 'token: room not allowed': '不能进入' },",
     "  PLAIN = { too_long: 'too long', no_such_client: 'has left', rate_limited: 'too fast',",
     "  storage: 'cannot be saved' }, CHARS = { amp: '&', lt: '<', gt: '>', quot: '\"', '#039': '\\'' };",
     "const ALL = { id: 'all', name: 'all' }, MAX_LINES = 500, wide = matchMedia('(min-width: 701px)');",
@@ -6766,7 +6921,8 @@ static const char *const page_lines[] = {
     "function login() {                    // one at a time: what comes then belongs to its room",
     "  if (asked) return;",
     "  const { name, room } = asked = Object.assign(want, { ref: newRef(), since: logs.get(want.room)?.last });",
-    "  post({ type: 'login', client_name: name, room_id: room, ref: asked.ref, since: asked.since, history: 50 });",
+    "  const token = store.xchatToken || undefined, { ref, since } = asked;",
+    "  post({ type: 'login', client_name: name, room_id: room, ref, since, history: 50, token });",
     "}",
     "function connect() {",
     "  if (ws?.readyState < 2) return;",
@@ -6793,7 +6949,8 @@ static const char *const page_lines[] = {
     "  const moved = here?.room !== asked.room;",
     "  [me, start, here, asked, older, ready] = [d.client_id, Date.now(), asked, null, '', false]; mine.add(me);",
     "  shift = Math.round((start - parse(d.time)) / 900000) * 900000;   // time zones differ by quarters",
-    "  $.me.textContent = store.xchatName = here.name; here.id = d.id; members.clear(); $.members.replaceChildren();",
+    "  $.me.textContent = store.xchatName = here.name = d.client_name;  // a token may know another than we asked for",
+    "  here.id = d.id; members.clear(); $.members.replaceChildren();",
     "  for (const [id, name] of Object.entries(d.client_list)) putMember(id, name);",
     "  if (moved) enter(here.room);",
     "  if (d.recovered === false) addLine(make('p', 'system gone', t('Some messages are gone.')));",
@@ -6825,10 +6982,12 @@ static const char *const page_lines[] = {
     "  error({ ref, code, message }) {",
     "    if (log.pending.has(ref)) fail(ref, t(PLAIN[code]) || message);",
     "    else if (ref === older) [older, log.more] = ['', code === 'rate_limited'];",
-    "    else if (asked && ref === asked.ref) { asked = null; ask(message); }",
+    "    else if (asked && ref === asked.ref) { asked = null; ask(t(message)); }",
     "  },",
     "};",
-    "// What the person does.",
+    "// What the person does. Who is sent here with #token=..., keeps it.",
+    "const given = new URLSearchParams(location.hash.slice(1)).get('token'); onhashchange = () => location.reload();",
+    "if (given !== null) store.xchatToken = given;",
     "$.me.onclick = () => ask(''); $.all.onclick = () => choose(ALL); $.send.onclick = say;",
     "$.hello.onclose = () => {             // by its button, or by Escape",
     "  if ($.hello.returnValue) go($.name.value.trim(), $.room.value);",
@@ -7017,6 +7176,8 @@ static struct option {
     {"gateway-key-file", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.gateway_key_file, "secret key of these three"},
     {"trust-proxy", "CIDR", 0, NULL, 0, 0, 0, http_trust, NULL, "proxy whose X-Forwarded-For counts; repeatable"},
     {"origin", "LIST", 0, NULL, 0, 0, 0, NULL, &opt.origin, "whose pages may connect too: https://HOST,... or *"},
+    {"jwt-secret-file", "FILE", 0, NULL, 0, 0, 0, pass_file, NULL, "logins need HS256 tokens; two while it changes"},
+    {"make-token", "USER", 0, NULL, 0, 0, 0, NULL, &opt.make_token, "print one for USER[,NAME[,ROOM...]], and end"},
     {"ping", "SECONDS", 0, &opt.ping_s, 1, 86400, 25, NULL, NULL, "silence before a ping; three and it is gone"},
     {"timeout", "SECONDS", 0, &opt.timeout_s, 1, 3600, 10, NULL, NULL, "time for a whole HTTP request"},
     {"user", "NAME", 0, NULL, 0, 0, 0, NULL, &opt.user, "NAME[:GROUP] to become once all is open"},
@@ -7157,7 +7318,8 @@ static bool load_files(void) {
 }
 
 static void reload_files(void) {
-    if (load_files() && push_reload()) log_info("SIGHUP: files read again");
+    bool secrets = pass_load();   /* whatever else is wrong: one may have to go */
+    if (load_files() && push_reload() && secrets) log_info("SIGHUP: files read again");
 }
 
 /* ---- Privileges. ---- */
@@ -7335,6 +7497,8 @@ int main(int argc, char **argv) {
     memory_init();
     clock_read();
     options_read(argc, argv);
+    if (!pass_load()) return 1;
+    if (opt.make_token != NULL) return pass_print(), 0;
     limit_clients();
     if (RAND_bytes(tables.secret, sizeof tables.secret) != 1) die("no random bytes");
     notify_open();

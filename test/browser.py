@@ -851,6 +851,49 @@ def over_tls(ann, bob, server, room):
 
 
 @case
+def token_in_the_address(ann, bob, server, room):
+    """A server that wants tokens: none is refused in the form, #token=... is taken, kept and sent."""
+    secret = os.path.join(server.directory, "secret")
+    with open(secret, "w") as f:
+        f.write("correct horse battery staple")
+    guarded = [server.binary, "--port", "0", "--bind", "127.0.0.1", "--jwt-secret-file", secret]
+
+    def token(who):
+        return subprocess.run(guarded + ["--make-token", who], capture_output=True, text=True, check=True).stdout.strip()
+    log = os.path.join(server.directory, "guarded.log")
+    with open(log, "w") as f:
+        process = subprocess.Popen(guarded, stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
+    before = ann.url, bob.url
+    try:
+        url = "http://127.0.0.1:%d/" % port_from(log, process, r"listening on 127\.0\.0\.1:(\d+)", WAIT)
+        ann.url = bob.url = url
+        for who, why in (ann, "token: missing"), (bob, "\u9700\u8981\u767b\u5f55\u51ed\u8bc1"):
+            who.open(room)
+            who.type("#name", "Eve" + who.ENTER)
+            until(lambda: who.text("#why") == why, "the error in the form")
+            same(who.online(), False, "who has no token is in")
+        ann.call("POST", "/url", {"url": "%s?room_id=%s#token=%s" % (url, room, token("ann,Ann A," + room))})
+        until(lambda: ann.js("return document.getElementById('hello').open"), "the form again")
+        ann.type("#name", "Eve" + ann.ENTER)        # her token knows better
+        until(lambda: ann.online() and ann.members() == ["Ann A"], "Ann A in the room")
+        same((ann.text("#me"), ann.js("return location.hash")), ("Ann A", ""), "her name; the token in the address")
+        ann.say("hello")
+        ann.sees("hello")
+        ann.open(room)                              # the token is kept
+        until(lambda: ann.online() and ann.members() == ["Ann A"], "Ann A again")
+        ann.open("elsewhere")
+        until(lambda: "room not allowed" in (ann.text("#why") or ""), "the refusal in the form")
+        ann.open(room)
+        until(ann.online, "Ann A again")
+        ann.js("location.hash = '#token='")         # and can be given back
+        until(lambda: "missing" in (ann.text("#why") or ""), "the token gone")
+    finally:
+        ann.url, bob.url = before
+        ann.open(room), bob.open(room)
+        end_process(process)
+
+
+@case
 def clean_console(ann, bob, server, room):
     """No error in the console, but for connections tried while the server was down."""
     for who in (ann, bob):

@@ -1469,6 +1469,184 @@ static void test_inbox(void) {
     check_empty();
 }
 
+/* ---- Passes. ---- */
+
+/* A token, in memory of just its size. NULL for the head is the usual one. */
+static slice minted(const char *head, const char *claims, const struct secret *key, struct buf *b) {
+    slice parts[2] = {spelled(head != NULL ? head : "{'typ':'JWT','alg':'HS256'}"), spelled(claims)};
+    struct buf text = {0};
+    for (int i = 0; i < 2; i++) {
+        if (i > 0) buf_addc(&text, '.');
+        base64url(&text, parts[i]);
+    }
+    pass_sign(&text, key);
+    buf_free(b);
+    b->p = memcpy(xrealloc(NULL, text.len), buf_slice(&text).p, text.len);
+    b->len = b->cap = text.len;
+    buf_free(&text);
+    return buf_slice(b);
+}
+
+static void keys(const char *one, const char *two) {
+    chat.n_secrets = one == NULL ? 0 : two == NULL ? 1 : 2;
+    memset(chat.secrets, 0, sizeof chat.secrets);
+    for (uint32_t i = 0; i < chat.n_secrets; i++)
+        memcpy(chat.secrets[i].text, i == 0 ? one : two, chat.secrets[i].len = strlen(i == 0 ? one : two));
+}
+
+/* "" for a token that is good. */
+static void check_pass(slice token, const char *room, const char *want, const char *name) {
+    const char *why = pass_check(token, slice_of(room));
+    check_text(name, slice_of(why != NULL ? why : ""), slice_of(want));
+}
+
+/* Forth and back, and nothing is read that would not be written just so. */
+static void test_base64url(void) {
+    static const char *const wrong[] = {
+        "Z", "Zg=", "Zg==", "Zh", "Zv", "Zm9", "Zm8=", "Zm9vY", "Zm 9v", "Zm9v|", "Zm9v@", "+/-_", "-_+/", "Zg.", "=", "Zm9v\xc3\xa9",
+    };
+    struct buf text = {0}, bytes = {0};
+    for (size_t n = 0; n < 70; n++) {
+        unsigned char random[70];
+        for (size_t i = 0; i < n; i++) random[i] = (unsigned char)random_below(256);
+        buf_clear(&text), buf_clear(&bytes);
+        base64url(&text, (slice){(char *)random, n});
+        CHECK(base64url_read(buf_slice(&text), &bytes) && slice_eq(buf_slice(&bytes), (slice){(char *)random, n}), "%zu", n);
+    }
+    for (uint32_t pair = 0; pair < 65536; pair++) {   /* of 65,536 pairs of characters 256 are a byte */
+        char two[2] = {(char)(pair >> 8), (char)pair};
+        buf_clear(&text), buf_clear(&bytes);
+        if (!base64url_read((slice){two, 2}, &bytes)) continue;
+        base64url(&text, buf_slice(&bytes));
+        CHECK(slice_eq(buf_slice(&text), (slice){two, 2}), "%.2s is read as another", two);
+    }
+    for (size_t i = 0; i < COUNT(wrong); i++) CHECK(!base64url_read(spelled(wrong[i]), &bytes), "%s", wrong[i]);
+    buf_free(&text), buf_free(&bytes);
+}
+
+/* The example of RFC 7515, appendix A.1, which has no sub and expired on 22 March 2011. */
+static void test_pass_rfc(void) {
+    slice token = S("eyJ0eXAiOiJKV1QiLA0KICJhbGciOiJIUzI1NiJ9."
+                    "eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ."
+                    "dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk");
+    struct buf key = {0};
+    CHECK(base64url_read(S("AyM1SysPpbyDfgZld3umj1qzKObwVMkoqQ-EstJQLr_T-1qS0gZH75aKtMN3Yj0iPS4hcgUuTwjAzZr1Z9CAow"), &key),
+          "its key");
+    keys("", NULL);
+    memcpy(chat.secrets[0].text, buf_slice(&key).p, chat.secrets[0].len = key.len);
+    now.wall = 1300819380 + LEEWAY_S - 1;
+    check_pass(token, "1", "sub must be text of 1 to 128 bytes", "A.1");
+    now.wall++;
+    check_pass(token, "1", "expired", "A.1, a second later");
+    chat.secrets[0].text[0] ^= 1;
+    check_pass(token, "1", "bad signature", "A.1 with another key");
+    keys(NULL, NULL);
+    buf_free(&key);
+    clock_read();
+}
+
+static void test_pass(void) {
+    static const char plain[] = "it is no HS256 token", sub[] = "sub must be text of 1 to 128 bytes",
+        times[] = "exp and nbf must be numbers", name[] = "name must be text of up to 64 bytes",
+        rooms[] = "rooms must be a list of texts", not_here[] = "room not allowed", object[] = "its claims are no JSON object";
+    static const struct {
+        const char *head, *claims, *want;   /* at 1,000,000 s, for the room "team 7" */
+    } cases[] = {
+        {NULL, "{'sub':'42'}", ""}, {"{'alg':'HS256'}", "{'sub':'42'}", ""}, {"{'alg':'\\u0048S256'}", "{'sub':'42'}", ""},
+        {"{'alg':'none'}", "{'sub':'42'}", plain}, {"{'alg':'HS384'}", "{'sub':'42'}", plain},
+        {"{'alg':'RS256'}", "{'sub':'42'}", plain}, {"{'alg':'hs256'}", "{'sub':'42'}", plain},
+        {"{'alg':'HS2561'}", "{'sub':'42'}", plain}, {"{'alg':['HS256']}", "{'sub':'42'}", plain}, {"{}", "{'sub':'42'}", plain},
+        {"{'alg':null}", "{'sub':'42'}", plain}, {"{'Alg':'HS256'}", "{'sub':'42'}", plain}, {"", "{'sub':'42'}", plain},
+        {"{'alg':'HS256'", "{'sub':'42'}", plain}, {"['alg','HS256']", "{'sub':'42'}", plain},
+        {"{'x':{'alg':'HS256'}}", "{'sub':'42'}", plain}, {"{'alg':'HS256','alg':'none'}", "{'sub':'42'}", plain},
+        {"{'alg':'HS256','crit':['b64'],'b64':false}", "{'sub':'42'}", plain}, {"{'alg':'HS256','crit':null}", "{'sub':'42'}", plain},
+        {NULL, "", object}, {NULL, "{'sub':'42'", object}, {NULL, "['42']", object}, {NULL, "{'sub':'42'}x", object},
+        {NULL, "{'sub':'\xff'}", object}, {NULL, "'42'", object}, {NULL, "{'sub':'@'}", object},
+        {NULL, "{}", sub}, {NULL, "{'sub':''}", sub}, {NULL, "{'sub':42}", sub}, {NULL, "{'sub':null}", sub},
+        {NULL, "{'sub':['42']}", sub}, {NULL, "{'sub':{}}", sub}, {NULL, "{'sub':true}", sub}, {NULL, "{'sub':'4\\u0000'}", sub},
+        {NULL, "{'sub':'4\\n2'}", sub}, {NULL, "{'sub':'\x7f'}", sub}, {NULL, "{'Sub':'42'}", sub}, {NULL, "{'x':{'sub':'42'}}", sub},
+        {NULL, "{'sub':'42','exp':1000001}", ""}, {NULL, "{'sub':'42','exp':999971}", ""}, {NULL, "{'sub':'42','exp':999970}", "expired"},
+        {NULL, "{'sub':'42','exp':0}", "expired"}, {NULL, "{'sub':'42','exp':-1e9}", "expired"}, {NULL, "{'sub':'42','exp':1e6}", ""},
+        {NULL, "{'sub':'42','exp':999970.5}", ""}, {NULL, "{'sub':'42','exp':1e999}", ""},
+        {NULL, "{'sub':'42','exp':'1000001'}", times}, {NULL, "{'sub':'42','exp':null}", times}, {NULL, "{'sub':'42','exp':true}", times},
+        {NULL, "{'sub':'42','exp':[]}", times}, {NULL, "{'sub':'42','nbf':'0'}", times}, {NULL, "{'sub':'42','nbf':{}}", times},
+        {NULL, "{'sub':'42','nbf':1000030}", ""}, {NULL, "{'sub':'42','nbf':1000031}", "not valid yet"},
+        {NULL, "{'sub':'42','nbf':1.1e6}", "not valid yet"}, {NULL, "{'sub':'42','nbf':1e999}", "not valid yet"},
+        {NULL, "{'sub':'42','exp':2000000,'exp':1}", "expired"}, {NULL, "{'sub':'42','nbf':0,'exp':2000000,'iat':'x','iss':7}", ""},
+        {NULL, "{'sub':'42','name':'Ann'}", ""}, {NULL, "{'sub':'42','name':''}", ""}, {NULL, "{'sub':'42','name':7}", name},
+        {NULL, "{'sub':'42','name':null}", name}, {NULL, "{'sub':'42','name':['Ann']}", name}, {NULL, "{'sub':'42','name':'A\\tn'}", name},
+        {NULL, "{'sub':'42','rooms':['team 7']}", ""}, {NULL, "{'sub':'42','rooms': [ 'x' , 'team 7' ] }", ""},
+        {NULL, "{'sub':'42','rooms':['*']}", ""}, {NULL, "{'sub':'42','rooms':['team*']}", ""}, {NULL, "{'sub':'42','rooms':['team 7*']}", ""},
+        {NULL, "{'sub':'42','rooms':['\\u0074eam 7']}", ""}, {NULL, "{'sub':'42','rooms':[]}", not_here},
+        {NULL, "{'sub':'42','rooms':['team']}", not_here}, {NULL, "{'sub':'42','rooms':['team 77']}", not_here},
+        {NULL, "{'sub':'42','rooms':['Team*']}", not_here}, {NULL, "{'sub':'42','rooms':['team 7 *']}", not_here},
+        {NULL, "{'sub':'42','rooms':['*7']}", not_here}, {NULL, "{'sub':'42','rooms':['']}", not_here},
+        {NULL, "{'sub':'42','rooms':'team 7'}", rooms}, {NULL, "{'sub':'42','rooms':null}", rooms}, {NULL, "{'sub':'42','rooms':{}}", rooms},
+        {NULL, "{'sub':'42','rooms':['team 7',7]}", rooms}, {NULL, "{'sub':'42','rooms':[7]}", rooms},
+        {NULL, "{'sub':'42','rooms':[['team 7']]}", rooms}, {NULL, "{'sub':'42','rooms':[null]}", rooms},
+    };
+    struct buf b = {0};
+    keys("sixteen bytes it", NULL);
+    now.wall = 1000000;
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        check_pass(minted(cases[i].head, cases[i].claims, chat.secrets, &b), "team 7", cases[i].want, cases[i].claims);
+        if (*cases[i].want == '\0') check_text(cases[i].claims, buf_slice(&chat.uid), S("42"));
+    }
+    char claims[300];
+    for (int sub_len = 127; sub_len < 131; sub_len++)
+        for (int name_len = 63; name_len < 66; name_len++) {
+            snprintf(claims, sizeof claims, "{'sub':'%0*d','name':'%0*d'}", sub_len, 0, name_len, 0);
+            check_pass(minted(NULL, claims, chat.secrets, &b), "team 7", sub_len > 128 ? sub : name_len > 64 ? name : "", claims);
+        }
+    minted(NULL, "{'sub':'7','name':'A&\\u00fc'}", chat.secrets, &b);
+    check_pass(buf_slice(&b), "team 7", "", "a name");
+    check_text("its user", buf_slice(&chat.uid), S("7"));
+    check_text("its name", buf_slice(&chat.name), S("A&\xc3\xbc"));
+    buf_free(&b);
+    keys(NULL, NULL);
+    clock_read();
+}
+
+/* Whatever is changed in a token, it is no good any more; and with two secrets either will do. */
+static void test_pass_forged(void) {
+    static const char *const others[] = {
+        "", ".", "..", "...", "a", "a.b", "a.b.", ".b.c", "a..c", "a.b.c", "a.b.c.d", "eyJhbGciOiJub25lIn0.eyJzdWIiOiI0MiJ9.",
+        "eyJhbGciOiJub25lIn0.eyJzdWIiOiI0MiJ9", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiI0MiJ9.", "@", "@.@.@",
+    };
+    struct buf b = {0}, other = {0}, forged = {0};
+    keys("sixteen bytes it", NULL);
+    slice good = minted("{'alg':'HS256'}", "{'sub':'42'}", chat.secrets, &b);
+    check_pass(good, "1", "", "unchanged");
+    for (size_t i = 0; i <= good.len; i++) {
+        CHECK(pass_check(slice_take(good, i), S("1")) != NULL || i == good.len, "the first %zu bytes", i);
+        for (int c = 0; c < 256 && i < good.len; c++) {
+            buf_free(&forged);
+            buf_add(&forged, good);
+            forged.p[i] = (char)c;
+            CHECK(pass_check(buf_slice(&forged), S("1")) != NULL || c == (unsigned char)good.p[i], "byte %zu is %d", i, c);
+        }
+        buf_free(&forged);
+        buf_add(&forged, slice_take(good, i)), buf_addc(&forged, 'A'), buf_add(&forged, slice_cut(good, i));
+        CHECK(pass_check(buf_slice(&forged), S("1")) != NULL, "a letter before byte %zu", i);
+    }
+    for (size_t i = 0; i < COUNT(others); i++) CHECK(pass_check(spelled(others[i]), S("1")) != NULL, "%s", others[i]);
+    /* A signature belongs to what it signs. */
+    slice more = minted("{'alg':'HS256'}", "{'sub':'43'}", chat.secrets, &other);
+    buf_free(&forged);
+    buf_add(&forged, slice_take(good, good.len - 43)), buf_add(&forged, slice_cut(more, more.len - 43));
+    check_pass(buf_slice(&forged), "1", "bad signature", "another's signature");
+
+    keys("another secret it", "sixteen bytes it");
+    check_pass(good, "1", "", "by the second secret");
+    check_pass(minted(NULL, "{'sub':'42'}", chat.secrets, &other), "1", "", "by the first secret");
+    keys("another secret it", NULL);
+    check_pass(good, "1", "bad signature", "by a secret that has gone");
+    keys("sixteen bytes i", NULL);
+    check_pass(good, "1", "bad signature", "by a part of the secret");
+    keys(NULL, NULL);
+    buf_free(&b), buf_free(&other), buf_free(&forged);
+}
+
 /* Who comes back is sent one piece of history a round, so that others have their turn,
  * and what is new behind the last one. */
 static void test_replay(void) {
@@ -1821,7 +1999,7 @@ static void test_form(void) {
 /* The status that the program would end with; 0 when it goes on. */
 static int options_status(int argc, const char *const *argv) {
     mains.given = 0;
-    http.n_proxies = mains.n_binds = 0;
+    http.n_proxies = mains.n_binds = chat.n_secrets = 0;
     fake.log_len = 0;
     fake.catching = true;
     int status = setjmp(fake.back);
@@ -1875,9 +2053,11 @@ static void test_option_forms(void) {
     static const char *const good[] = {
         "", "-p 1 --port=2", "-v", "--verbose", "-b ::1 -b unix:/a=b", "--bind=unix:/a=b",
         "--trust-proxy 10.0.0.0/8", "--origin *", "--origin=http://b:80,app://c",
+        "--jwt-secret-file a", "--jwt-secret-file a --jwt-secret-file b",
     };
     static const char *const wrong[] = {
-        "--trust-proxy 10.0.0.0/33", "--trust-proxy", "--port", "-p", "-p8080", "-p=8080", "--nope",
+        "--trust-proxy 10.0.0.0/33", "--trust-proxy", "--origin", "--origin=", "--make-token=",
+        "--jwt-secret-file", "--jwt-secret-file a --jwt-secret-file b --jwt-secret-file=c", "--port", "-p", "-p8080", "-p=8080", "--nope",
         "--por 80", "--Port 80", "--", "-", "--=", "--=1", "--verbose=1", "--verbose=",
         "--verbose 1", "a\n", "\xff", "port 8080", "verbose", "---p 8080", "---v", "p 8080", "=1",
     };
@@ -2110,6 +2290,51 @@ static void test_push_who(void) {
     opt.apns = NULL;
 }
 
+/* Who becomes another user leaves the inbox of the first, and so does the phone. */
+static void test_identify(void) {
+    struct conn *c = chatter(0);
+    struct client *cl = c->state;
+    opt.apns = "https://unit";
+    push.devices.key = device_key, push.audiences.key = audience_key;
+    push.file = -1;
+    client_identify(cl, S(""));
+    CHECK(cl->uid == NULL && c->joined == NULL, "nobody has an inbox");
+    client_identify(cl, S("a"));
+    CHECK(strcmp(cl->uid, "a") == 0 && cl->inbox != NULL && slice_eq(room_key(cl->inbox->room), S("users/a")), "before login");
+    struct member *inbox = cl->inbox;
+    client_identify(cl, client_uid(cl));
+    CHECK(cl->inbox == inbox && inbox->also == NULL, "twice the same");
+    chat_message(c, S("{\"type\":\"login\",\"client_name\":\"A\",\"room_id\":\"r\",\"device_token\":\"00112233445566778899\"}"));
+    struct device *d = cl->phone;
+    CHECK(cl->inbox == inbox && d != NULL && is_hex(&d->uid, "61"), "logged in");
+    CHECK(device_in(d, table_find(&push.audiences, S("users/a"))) != NULL && push.audiences.n == 2, "%zu audiences", push.audiences.n);
+    push_join(d, S("rooms/old"));
+
+    client_identify(cl, S("b"));
+    CHECK(strcmp(cl->uid, "b") == 0 && slice_eq(room_key(cl->inbox->room), S("users/b")) && cl->seat != NULL, "another");
+    loop_settle();
+    CHECK(table_find(&rooms.by_name, S("users/a")) == NULL && rooms.by_name.n == 2, "the old inbox is open");
+    CHECK(cl->phone == d && d->online == 1 && is_hex(&d->uid, "62"), "the phone");
+    CHECK(device_in(d, table_find(&push.audiences, S("users/b"))) != NULL, "the phone is not in the new inbox");
+    CHECK(device_in(d, table_find(&push.audiences, S("rooms/r"))) != NULL, "the phone is not in the room");
+    CHECK(push.audiences.n == 2, "the phone is in the rooms of another user");
+
+    opt.max_rooms = 2;   /* no room for an inbox: without it, until there is */
+    client_identify(cl, S("c"));
+    CHECK(cl->inbox == NULL && strcmp(cl->uid, "c") == 0, "too many rooms");
+    loop_settle();
+    client_identify(cl, client_uid(cl));
+    CHECK(cl->inbox != NULL, "the inbox is not opened later");
+    client_identify(cl, S(""));
+    CHECK(cl->uid == NULL && cl->inbox == NULL && d->uid.len == 0, "nobody again");
+    push_forget(d);
+    wire_close(c);
+    CHECK(push.devices.n == 0 && push.audiences.n == 0, "something is left");
+    opt.apns = NULL;
+    buf_clear(&wires[0].out);
+    check_empty();
+}
+
 /* The golden header block of a request. */
 static void test_h2_block(void) {
     unsigned char hash[SHA256_DIGEST_LENGTH];
@@ -2141,9 +2366,10 @@ static const struct {
     TEST(rooms_memory), TEST(rooms_stop), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
     TEST(room_get), TEST(rooms_order),
     TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(replay), TEST(silence),
-    TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(push_who), 
+    TEST(base64url), TEST(pass_rfc), TEST(pass), TEST(pass_forged), TEST(identify),
+    TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(push_who),
     TEST(php_valid), TEST(php_depth), TEST(php_key), TEST(php_json), TEST(php_merge), TEST(form), TEST(option_ranges),
-     TEST(option_forms),
+    TEST(option_forms),
 };
 
 int main(int argc, char **argv) {
