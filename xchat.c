@@ -1832,15 +1832,23 @@ static slice http_host(slice host, slice port) {
     return n > 0 && slice_eq(slice_cut(host, n), port) ? slice_take(host, n) : host;
 }
 
+/* Without any port. */
+static slice http_name(slice host) {
+    size_t n = host.len;
+    while (n > 0 && host.p[n - 1] >= '0' && host.p[n - 1] <= '9') n--;
+    return n > 0 && n < host.len && host.p[n - 1] == ':' ? slice_take(host, n - 1) : host;
+}
+
 /* Any page can have its reader's browser connect to any server, which must look whose page
- * that is (Origin, RFC 6454): ours, or one of --origin. Apps send none, or where they go. */
+ * that is (Origin, RFC 6454): ours, or one of --origin. Without that option a page from another
+ * port of our host is ours, too: that of workerman-chat is. Apps send none, or where they go. */
 static bool http_welcome(const struct conn *c, const struct request *q) {
     slice origin = q->header[ORIGIN], host = origin, scheme = slice_split(&host, ':'), list = slice_of(opt.origin);
-    bool tls = http_has_token(S("https,wss"), scheme), plain = c->ssl == NULL && http_has_token(S("http,ws"), scheme);
-    slice port = tls ? S(":443") : S(":80");
+    bool tls = http_has_token(S("https,wss"), scheme), plain = http_has_token(S("http,ws"), scheme);
+    slice port = tls ? S(":443") : S(":80"), own = slice_starts(host, S("//")) ? slice_cut(host, 2) : S("");
     if (origin.len == 0 || http_has_token(list, origin) || http_has_token(list, S("*"))) return true;
-    return (tls || plain) && slice_starts(host, S("//")) &&
-           slice_eqcase(http_host(slice_cut(host, 2), port), http_host(q->header[HOST], port));
+    if (own.len > 0 && list.len == 0) return (tls || plain) && slice_eqcase(http_name(own), http_name(q->header[HOST]));
+    return own.len > 0 && (tls || (plain && c->ssl == NULL)) && slice_eqcase(http_host(own, port), http_host(q->header[HOST], port));
 }
 
 /* The upgrade (RFC 6455, section 4.2). */

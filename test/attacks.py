@@ -30,7 +30,8 @@ What is tried, and where (FILE.CASE; without FILE it is in this one):
                                                        api.smuggled
     16  handshakes that nearly are one                 handshake handshake_of_another_kind
     17  paths that lead elsewhere                      paths history.room_names
-    18  pages of others                                pages_of_others api.origins api.rebinding api.preflight
+    18  pages of others                                foreign_pages origins_by_default any_origin
+                                                       api.origins api.rebinding api.preflight
     19  addresses that somebody only claims to have    server.forwarded_for server.forwarded_for_by_strangers
     20  asking much and reading little                 pipelines_and_never_reads page_in_sips server.pipelining
                                                        api.slow_reader
@@ -706,19 +707,6 @@ def page_in_sips(s):
     for _ in range(20):
         time.sleep(0.01)   # it is the server that is kept waiting here
         check(slow.answer().body == whole, "the page is another one")
-
-
-ORIGINS = ["null", "https://good.example.evil", "http://localhost:1", "file://", "\xff", "x" * 7000,
-           "http://a, http://b", "chrome-extension://" + "a" * 32]
-
-
-@attack(rows=[(origin[:30], origin) for origin in ORIGINS])
-def pages_of_others(s, name, origin):
-    """Any page may connect, and gets nothing for being open in this browser: there are no cookies. Nor can it read."""
-    ws = Ws(s, "/", "Origin: " + origin)
-    ws.login("Eve", new_room())
-    answer = Http(s).ask("/", "Origin: " + origin)
-    check(answer.status == 200 and not [h for h in answer.headers if h.startswith("access-control")], answer.headers)
 
 
 # ---------------------------------------------------------------------------
