@@ -4819,6 +4819,9 @@ static const char *pass_file(const char *value) {
     return NULL;
 }
 
+/* The file of the secret of this number, from 0 on; or NULL. */
+static const char *pass_name(uint32_t i) { return i < chat.n_secrets ? chat.secrets[i].file : NULL; }
+
 /* Reads the secrets. False, after a line in the log: one stays as it was. */
 static bool pass_load(void) {
     bool ok = true;
@@ -7397,6 +7400,7 @@ static void landlock_enter(void) {
     for (const struct option *o = options; o < options + N_OPTIONS; o++)   /* for SIGHUP */
         if (o->text != NULL && *o->text != NULL && strcmp(o->arg, "FILE") == 0)
             landlock_allow_file(set, *o->text, look);
+    for (uint32_t i = 0; pass_name(i) != NULL; i++) landlock_allow_file(set, pass_name(i), look);
     for (uint32_t i = 0; i < loop.n; i++) {   /* a socket's file goes when we end */
         struct sockaddr_un sa = {0};
         socklen_t len = sizeof sa - 1;
