@@ -129,8 +129,10 @@ static void no_new_privileges(void) {}
 #ifdef __GLIBC__
 #include <malloc.h>
 static void memory_init(void) { mallopt(M_MMAP_THRESHOLD, 65536); }
+static void memory_trim(void) { malloc_trim(0); }
 #else
 static void memory_init(void) {}
+static void memory_trim(void) {}
 #endif
 
 /* The limits a user may set: chapter 13 fills them in before anything else runs,
@@ -167,6 +169,7 @@ enum {
     OUT_HIGH = 65536,         /* who has more unread answers is not read from */
     PARKED_READY = 1024,      /* parked connections that are handled in one round */
     TICK_MS = 1000,           /* how often deadlines are looked at */
+    FREED_MANY = 64,          /* so many connections that have ended may leave holes in the heap */
     CLOSE_MS = 5000,          /* to send the rest, and to see the peer go */
     LOG_LINE_MAX = 480        /* bytes; the rest is cut */
 };
@@ -899,6 +902,7 @@ static struct {
     struct pollfd *pfd;            /* those in the poll set... */
     struct conn **polled;          /* ...and who they are; NULL: the epoll set */
     uint32_t n_polled, polled_cap;
+    uint32_t freed;                /* connections, since memory was given back to the system */
     int epoll;                     /* 0: none */
     struct conn *dirty;            /* has something to write or to end, after this round */
     bool (*flush)(void);           /* chapter 7's: send what rooms have gathered */
@@ -1432,6 +1436,7 @@ static void listener_closed(struct conn *l) {
 
 static void conn_free(struct conn *c) {
     SSL_free(c->ssl);
+    loop.freed++;
     if (c->parked) unpark(c);
     close(c->fd);
     if (c->proto->freed != NULL) c->proto->freed(c);
@@ -1809,7 +1814,7 @@ static void http_reply(struct conn *c, const struct request *q, const char *stat
                q->keep ? "keep-alive" : "close", F(extra));
     if (!slice_eq(q->method, S("HEAD"))) buf_add(&c->out, body);
     c->deadline_ms = now.ms + (int64_t)opt.timeout_s * 1000 + c->out.len;
-    log_debug("%s: %.*s %.*s: %s", addr_text(&c->peer), F(q->method), F(q->target), status);
+    log_debug("%s: %.*s %.*s: %s", addr_text(&c->peer), F(q->method), F(q->path), status);   /* no query */
     conn_touch(c);
     if (!q->keep) conn_close(c, status);
 }
@@ -1822,7 +1827,7 @@ static int http_refuse(struct conn *c, const char *status, slice extra, const ch
         http.logged_ms = now.ms;
         log_info("%s: %s: %.*s", addr_text(&c->peer), status, (int)strlen(why) - 1, why);
     }
-    http_reply(c, &(struct request){.method = S("-"), .target = S("-")}, status, extra, slice_of(why));
+    http_reply(c, &(struct request){.method = S("-"), .path = S("-")}, status, extra, slice_of(why));
     return -1;
 }
 
@@ -1847,8 +1852,10 @@ static bool http_welcome(const struct conn *c, const struct request *q) {
     bool tls = http_has_token(S("https,wss"), scheme), plain = http_has_token(S("http,ws"), scheme);
     slice port = tls ? S(":443") : S(":80"), own = slice_starts(host, S("//")) ? slice_cut(host, 2) : S("");
     if (origin.len == 0 || http_has_token(list, origin) || http_has_token(list, S("*"))) return true;
-    if (own.len > 0 && list.len == 0) return (tls || plain) && slice_eqcase(http_name(own), http_name(q->header[HOST]));
-    return own.len > 0 && (tls || (plain && c->ssl == NULL)) && slice_eqcase(http_host(own, port), http_host(q->header[HOST], port));
+    slice here = q->header[HOST];
+    if (own.len == 0 || !(tls || plain)) return false;
+    if (list.len == 0) return slice_eqcase(http_name(own), http_name(here));
+    return (tls || c->ssl == NULL) && slice_eqcase(http_host(own, port), http_host(here, port));
 }
 
 /* The upgrade (RFC 6455, section 4.2). */
@@ -2857,11 +2864,7 @@ static struct room *room_open(slice space, slice name) { return room_get(space, 
 static struct room *room_find(slice space, slice name) { return room_get(space, name, false); }
 
 /* How many clients are in a room, or NULL. */
-static size_t room_clients(const struct room *r) {
-    size_t n = 0;
-    for (const struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) n += !m->c->closing;
-    return n;
-}
+static size_t room_clients(const struct room *r) { return r != NULL ? r->n : 0; }
 
 /* The next newer room that somebody is in, and no inbox, or the oldest; NULL: there is none. */
 static struct room *room_next(const struct room *r) {
@@ -3462,23 +3465,26 @@ static void push_said(slice key, slice line) {
 }
 
 /* Writes a payload that shows this text, or as much of it as fits. */
-static void push_alert(struct push *p, slice text) {
+static void push_alert(struct buf *b, slice text) {
     text.len = text.len < push_limit() ? text.len : push_limit();   /* which is too long still */
-    do {
-        buf_clear(&p->payload);
-        buf_add(&p->payload, S("{\"aps\":{"));
-        json_add(&p->payload, "alert", text);
-        json_add(&p->payload, "sound", S("default"));
-        buf_add(&p->payload, S("}}"));
-        while (text.len > 0 && (text.p[--text.len] & 0xc0) == 0x80) continue;   /* if it is too long */
-    } while (p->payload.len > push_limit());
+    for (size_t less = 0;; less = (b->len - push_limit() + 5) / 6) {   /* as in push_fill() */
+        text.len -= less < text.len ? less : text.len;
+        while (text.len > 0 && less > 0 && (text.p[text.len] & 0xc0) == 0x80) text.len--;
+        buf_clear(b);
+        buf_add(b, S("{\"aps\":{"));
+        json_add(b, "alert", text);
+        json_add(b, "sound", S("default"));
+        buf_add(b, S("}}"));
+        if (b->len <= push_limit()) return;
+    }
 }
 
 /* Shows a text on these phones, connected or not: the one of this token, or all of a user, or
  * all in the room of this key; what is not wanted is empty. Returns how many they are. */
 static uint32_t push_show(slice token, slice uid, slice room, slice text) {
     struct audience *a = room.len > 0 ? table_find(&push.audiences, room) : NULL;
-    struct buf tokens = {0};   /* first, since to queue a push may make another go */
+    struct buf tokens = {0}, payload = {0};   /* first, since to queue a push may make another go */
+    push_alert(&payload, text);
     if (token.len > 0) buf_add(&tokens, token), buf_addc(&tokens, ' ');
     for (size_t i = 0; i < push.devices.cap; i++) {
         const struct device *d = push.devices.slot[i];
@@ -3490,11 +3496,12 @@ static uint32_t push_show(slice token, slice uid, slice room, slice text) {
         struct push *p = push_new(slice_split(&rest, ' '));
         const struct device *d = table_find(&push.devices, buf_slice(&p->token));
         if (d != NULL) p->registered_ms = d->registered_ms;
-        push_alert(p, text);
+        buf_add(&p->payload, buf_slice(&payload));
         push_room();
         queue_add(p, NULL, now.ms);
     }
     buf_free(&tokens);
+    buf_free(&payload);
     return n;
 }
 
@@ -4449,7 +4456,7 @@ static void push_try(void) {
     if (!token_parse(slice_of(opt.push_test), &push.token))
         usage("--push-test: '%s' is no device token", opt.push_test);
     struct push *p = push_new(buf_slice(&push.token));
-    push_alert(p, slice_of(opt.push_text != NULL ? opt.push_text : "Hello from xchat"));
+    push_alert(&p->payload, slice_of(opt.push_text != NULL ? opt.push_text : "Hello from xchat"));
     queue_add(p, NULL, 0);
     push_pump();
     loop_run();
@@ -5349,7 +5356,10 @@ enum {
     PEER_MS = 30000,          /* for the rest of a packet or line */
     WORKER_BACKLOG = 16 << 20,   /* unread bytes of a worker, who is shut out then */
     REJOIN_MS = 1000, PEER_PING_MS = 25000,
-    ANSWER_MAX = 64 << 20     /* bytes of a reply */
+    PENDING_MAX = 64 << 20,   /* bytes of packets that are not complete, of all */
+    NAMES_MAX = 65536,        /* rooms or users that one packet asks for */
+    PAIRS_MAX = 1024,         /* in a session that is merged: each is looked for among the others */
+    ANSWER_MAX = 16 << 20     /* bytes of a reply */
 };
 
 /* ---- Reading PHP values. A slice of them is read from its front, piece by piece. ---- */
@@ -5550,7 +5560,7 @@ static bool php_json(slice s, struct buf *b) {
 
 /* Appends what array_replace_recursive() makes of two arrays that were checked: what has the
  * same key in both is replaced, or, if both are arrays, merged in the same way. */
-static void php_merge(slice old, slice add, struct buf *b) {
+static bool php_merge(slice old, slice add, struct buf *b) {
     struct merge {
         slice old, add, old_left, add_left;   /* pairs of both; those still to be written */
         slice old_next, add_next;             /* php_find()'s */
@@ -5558,13 +5568,14 @@ static void php_merge(slice old, slice add, struct buf *b) {
         size_t n;                             /* and their number */
     } in[PHP_DEPTH + 2], *at = in;   /* the first is not used: the result goes there */
     slice key, value;
+    size_t left = PAIRS_MAX;
     in->pairs = (struct buf){0};
     old = php_inside(old), add = php_inside(add);
     do {
         if (old.p != NULL) *++at = (struct merge){old, add, old, add, old, add, {0}, 0};
         old.p = NULL;
-        bool first = php_each(&at->old_left, &key, &value);
-        if (!first && !php_each(&at->add_left, &key, &value)) {
+        bool first = left > 0 && php_each(&at->old_left, &key, &value);
+        if (left == 0 || (!first && !php_each(&at->add_left, &key, &value))) {
             php_array(&at[-1].pairs, at->n, &at->pairs);
             at--;
             continue;
@@ -5572,12 +5583,13 @@ static void php_merge(slice old, slice add, struct buf *b) {
         slice other = first ? php_find(at->add, key, &at->add_next) : php_find(at->old, key, &at->old_next);
         if (!first && other.len > 0) continue;   /* it was written */
         buf_add(&at->pairs, key);
-        at->n++;
+        at->n++, left--;
         if (*value.p == 'a' && other.len > 0 && *other.p == 'a') old = php_inside(value), add = php_inside(other);
         else buf_add(&at->pairs, other.len > 0 ? other : value);
     } while (at > in);
     buf_add(b, buf_slice(&in->pairs));
     buf_free(&in->pairs);
+    return left > 0;
 }
 
 /* ---- Secrets. ---- */
@@ -5649,7 +5661,10 @@ static void peer_accepted(struct conn *l, struct conn *c) {
     c->deadline_ms = peer->known ? 0 : now.ms + STRANGER_MS;
     while (*at != NULL) at = &(*at)->next;
     *at = peer;
-    if (++backend.n_peers > PEERS_MAX) conn_lost(c, "too many connections of back ends");
+    if (++backend.n_peers <= PEERS_MAX) return;
+    struct peer *stranger = backend.peers;   /* the oldest goes, or else the newcomer */
+    while (stranger->next != NULL && (stranger->known || stranger->c->closing)) stranger = stranger->next;
+    conn_lost(stranger->c, "too many connections of back ends");
 }
 
 /* The worker behind this one, or the first; NULL: there is none. */
@@ -5661,6 +5676,9 @@ static struct peer *worker_next(const struct peer *p, bool gateway) {
 
 /* What has come is no whole packet or line: the rest has a while to come. */
 static ssize_t peer_wait(struct conn *c) {
+    size_t all = 0;
+    for (const struct peer *p = backend.peers; p != NULL; p = p->next) all += p->c->in.len;
+    if (all > PENDING_MAX) return conn_close(c, "too much that is not complete"), -1;
     if (c->deadline_ms == 0) c->deadline_ms = now.ms + PEER_MS;
     return 0;
 }
@@ -5669,6 +5687,9 @@ static ssize_t peer_wait(struct conn *c) {
 static void peer_tick(struct conn *c) {
     struct peer *peer = c->state;
     if (c->deadline_ms != 0 && now.ms >= c->deadline_ms) conn_close(c, "too slow");
+    bool stuck = c->out.len > OUT_HIGH && !peer->worker;   /* it does not read its answers */
+    if (stuck && c->deadline_ms == 0) c->deadline_ms = now.ms + PEER_MS;
+    if (!stuck && peer->known && c->in.len == 0) c->deadline_ms = 0;
     if (peer->ping_ms == 0 || now.ms < peer->ping_ms) return;
     peer->ping_ms = now.ms + PEER_PING_MS;
     buf_be(&c->out, PACKET_HEAD, 4), buf_be(&c->out, WORKER_PING, 1);
@@ -5728,7 +5749,8 @@ static const char *register_line(struct conn *c, slice line) {
     peer->known = true;
     peer->worker |= worker;
     if (worker) return register_list(c), NULL;
-    if (json_get(f[1].raw, &peer->name).len == 0) return "no address";
+    slice address = json_get(f[1].raw, &peer->name);
+    if (address.len == 0 || address.len > NAME_MAX_BYTES) return "no address";
     register_broadcast();
     return NULL;
 }
@@ -5817,8 +5839,8 @@ static slice session_get(const struct client *cl) {
     php_pair(&pairs, "client_name", slice_of(cl->name));
     php_array(&login, 2, &pairs);
     buf_clear(&backend.session);
-    if (slice_starts(stored, S("a:"))) php_merge(stored, buf_slice(&login), &backend.session);
-    else buf_add(&backend.session, buf_slice(&login));
+    if (!slice_starts(stored, S("a:"))) buf_add(&backend.session, buf_slice(&login));
+    else if (!php_merge(stored, buf_slice(&login), &backend.session)) buf_clear(&backend.session);
     buf_free(&login);
     return buf_slice(&backend.session);
 }
@@ -5854,9 +5876,9 @@ static struct room *group_open(slice name) {
 static void session_set(struct client *cl, slice session) {
     slice pairs = php_inside(session), name = session_value(pairs, "client_name").text;
     struct php room = session_value(pairs, "room_id");
-    bool good = name.len <= 6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
+    bool good = name.len > 0 && name.len <= 6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
     struct room *r = good ? group_open(room.text) : NULL;
-    cl->seat = r != NULL ? client_join(cl, r, KEPT_ROOMS) : NULL;
+    cl->seat = r != NULL ? client_join(cl, r, 0) : NULL;
     cl->number_room = room.type == 'i';
     if (cl->seat != NULL) client_name(cl, name);
     session_keep(cl, session);
@@ -5875,8 +5897,8 @@ static void session_order(struct client *cl, slice session, bool update) {
         return;
     }
     bool arrays = *session.p == 'a' && slice_starts(old, S("a:"));
-    if (arrays) php_merge(old, session, &merged);
-    if (merged.len > SESSION_MAX) log_warn("gateway: a session would be longer than %d bytes", SESSION_MAX);
+    bool fits = !arrays || (php_merge(old, session, &merged) && merged.len <= SESSION_MAX);
+    if (!fits) log_warn("gateway: a session would have over %d bytes, or %d values", SESSION_MAX, PAIRS_MAX);
     else if (arrays || old.len == 0) session_set(cl, arrays ? buf_slice(&merged) : session);
     buf_free(&merged);
 }
@@ -5979,8 +6001,9 @@ static bool packet_message(const struct packet *p, slice *message) {
     buf_clear(&backend.text);
     bool ok = plain || (p->body.len <= opt.backlog && php_json(p->body, &backend.text));
     *message = plain ? p->body : buf_slice(&backend.text);
-    if (ok && message->len <= opt.backlog) return true;
-    log_warn("gateway: a message is dropped: it is longer than --backlog, or cannot be JSON");
+    bool good = (p->flag & AS_IT_IS) != 0 || utf8_valid(*message);   /* browsers hang up at once */
+    if (ok && good && message->len + 10 <= opt.backlog) return true;
+    log_warn("gateway: a message is dropped: it is longer than --backlog, not UTF-8, or cannot be JSON");
     return false;
 }
 
@@ -6019,9 +6042,9 @@ static void gateway_tell(const struct packet *p, struct client *cl) {
 static void gateway_leave(struct client *cl, struct member *m) {
     if (cl->seat == m) {
         session_keep(cl, session_get(cl));
-        cl->seat = NULL;
-    }
-    room_leave(m);
+        if (cl->worker == NULL) chat_leave(cl);   /* others hear of it */
+        else cl->seat = NULL, room_leave(m);
+    } else room_leave(m);
 }
 
 /* Does what has no answer. `cl` is NULL if there is no such client: then nothing is done to it. */
@@ -6088,8 +6111,8 @@ static void reply_clients(struct buf *b, const struct packet *p) {
         if (ext_read(p->ext)) all = backend.ext[WHERE];   /* none of its criteria: all clients */
         groups = backend.ext[GROUPS], uids = backend.ext[UIDS];
         if (!json_each(&all, &name)) set_add_all(&set);
-        while (ext_each(&groups, &name)) set_add_room(&set, S("rooms/"), name);
-        while (ext_each(&uids, &name)) set_add_room(&set, S("users/"), name);
+        for (size_t i = 0; i < NAMES_MAX && ext_each(&groups, &name); i++) set_add_room(&set, S("rooms/"), name);
+        for (size_t i = 0; i < NAMES_MAX && ext_each(&uids, &name); i++) set_add_room(&set, S("users/"), name);
         set_add_numbers(&set, backend.ext[NUMBERS]);
     } else if (p->cmd == GET_ALL_CLIENT_SESSIONS) set_add_all(&set);
     else set_add_room(&set, p->cmd == GET_CLIENT_SESSIONS_BY_GROUP ? S("rooms/") : S("users/"), p->ext);
@@ -6157,6 +6180,7 @@ static bool gateway_ask(const struct packet *p, const struct client *cl, struct 
 static bool worker_event(struct client *cl, int event, slice body) {
     const struct addr *peer = &cl->c->peer;
     if (!cl->taken) return false;
+    if (cl->worker != NULL && cl->worker->c->closing) cl->worker = NULL;
     struct peer *best = NULL, *p = cl->worker == NULL ? worker_next(NULL, true) : NULL;
     for (; p != NULL; p = worker_next(p, true))
         if (best == NULL || p->clients < best->clients) best = p;
@@ -7450,6 +7474,7 @@ static void notify_open(void) {
 /* `tick` of the loop: as long as it runs, we are well. */
 static void main_tick(void) {
     if (opt.apns != NULL) push_tick();
+    if (loop.freed >= FREED_MANY) loop.freed = 0, memory_trim();
     if (loop_stopping() && !mains.stopping) mains.stopping = true, notify("STOPPING=1");
     if (mains.watchdog_ms == 0 || now.ms < mains.alive_ms) return;
     notify("WATCHDOG=1");

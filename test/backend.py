@@ -258,8 +258,11 @@ def register_is_not_read(s):
     watcher, base = Register(s), Register(s)
     watcher.send(ASK)
     until(lambda: len(watcher.sock.recv(1, socket.MSG_PEEK)) == 1, "no answer")
-    for i in range(1000):
-        base.send(announce(f"{i:060000}"))
+    others = [Register(s) for _ in range(100)]
+    for i, other in enumerate(others):
+        other.send(announce(f"{i:064}"))
+    for i in range(4000):
+        base.send(announce(f"{i:064}"))
     base.send(ASK)
     base.line()
     held = 0
@@ -1337,7 +1340,7 @@ def recorded_workers(s):
         worker.none()
 
 
-@gateway(rows=[(str(i), raw) for i, raw in enumerate(GOLDEN["handshakes"])])
+@gateway("--origin", "*", rows=[(str(i), raw) for i, raw in enumerate(GOLDEN["handshakes"])])
 def handshakes(s, name, raw):
     """A worker gets the request as PHP has it: query, server, cookies."""
     worker = Worker(s, "w:1").fence()
