@@ -1006,6 +1006,106 @@ def a_group_is_a_room(s):
 
 
 @gateway()
+def in_a_room_before_login(s):
+    """Who the back end has brought there has no name yet: it is not in the list of those who come, and nobody suffers."""
+    conn = stranger(s, Inner(s))[1]
+    inner = Inner(s)
+    inner.tell(JOIN_GROUP, conn, "room")
+    inner.fence()
+    ann = Ws(s)
+    ann.send_json(type="login", client_name="Ann", room_id="room")
+    check(list(ann.expect("login")["client_list"].values()) == ["Ann"])
+    check(inner.ask(COUNT_BY_GROUP, ext="room") == "i:2;")
+
+
+@gateway()
+def taken_out_of_ones_room(s):
+    """The others hear that it has gone: then, and not again when it goes."""
+    ann, bob, inner = *join(s, "room", "Ann", "Bob"), Inner(s)
+    inner.tell(LEAVE_GROUP, ann, "room")
+    bob.expect("logout", from_client_id=ann.id, from_client_name="Ann")
+    ann.say("hello")
+    ann.expect_error("not_logged_in")
+    check("Ann" in inner.session(ann), "the session is kept")
+    inner.tell(KICK, ann, body="N;", flag=0)
+    ann.expect_close(4001)
+    check(inner.ask(IS_ONLINE, ann) == "i:0;")
+    bob.expect_nothing()
+    ann = join(s, "room", "Ann")
+    bob.expect("login", client_id=ann.id)
+    inner.tell(UNGROUP, ext="room")
+    inner.fence()
+    check(inner.ask(COUNT_BY_GROUP, ext="room") == "i:0;")
+
+
+@gateway()
+def moved_when_in_62_rooms(s):
+    """There is a place left for the room that a session names."""
+    ann, inner = join(s, "1", "Ann"), Inner(s)
+    for i in range(70):
+        inner.tell(JOIN_GROUP, ann, f"g{i}")
+    inner.tell(SET_SESSION, ann, php({"room_id": "2", "client_name": "Ann"}))
+    inner.fence()
+    ann.say("hello")
+    ann.expect("say", content="hello")
+    inner.tell(SET_SESSION, ann, php({"room_id": "2"}))   # nobody
+    inner.fence()
+    ann.say("hello")
+    ann.expect_error("not_logged_in")
+
+
+@gateway()
+def raw_bytes_to_who_does_not_read(s):
+    """They have a limit, too."""
+    ann, inner = Ws(s, rcvbuf=4096), Inner(s)
+    ann.login("Ann", "room")
+    block = b"\x82\x7e\xff\xff" + bytes(65535)
+    with s.memory_grows_at_most(16384):
+        for _ in range(500):
+            inner.tell(SEND_TO_ONE, ann, body=block, flag=3)
+        inner.fence()
+    check(inner.ask(IS_ONLINE, ann) == "i:0;", "it has all of that to read")
+
+
+@gateway()
+def text_that_is_none(s):
+    """A text frame that is not UTF-8 would have browsers hang up: it is not sent. Raw bytes are the back end's own affair."""
+    ann, inner = join(s, "room", "Ann"), Inner(s)
+    inner.tell(SEND_TO_ONE, ann, body=b"caf\xe9")
+    inner.tell(SEND_TO_ALL, body=b"\xff")
+    inner.tell(SEND_TO_GROUP, ext='{"group":["room"],"exclude":null}', body=b"\xc3")
+    inner.tell(SEND_TO_ONE, ann, body="caf\u00e9".encode())
+    check(chat_text(ann) == "caf\u00e9")
+
+
+@case("--register", "127.0.0.1:0", "--gateway", "127.0.0.1:0")
+def strangers_who_stay(s):
+    """Who has shown no secret at the register cannot keep others out, however many they are."""
+    strangers = [Register(s) for _ in range(300)]
+    for stranger_ in strangers:
+        stranger_.send(b'{"event":"ping"}\n')
+    known = [Inner(s) for _ in range(20)]
+    for inner in known:
+        check(inner.ask(COUNT_BY_GROUP) == "i:0;")
+    check(Register(s).ask() != [])
+    for inner in known:
+        check(inner.ask(COUNT_BY_GROUP) == "i:0;")
+
+
+@gateway()
+def sessions_with_too_many_values(s):
+    """Merging takes time that grows with their number squared, so it has an end: then nothing changes."""
+    ann, inner = join(s, "room", "Ann"), Inner(s)
+    inner.tell(SET_SESSION, ann, php({f"k{i}": i for i in range(2000)}))
+    before = inner.session(ann)
+    inner.tell(UPDATE_SESSION, ann, php({f"k{i}": 0 for i in reversed(range(2000))}))
+    check(inner.session(ann) == before, "it has been merged")
+    inner.tell(SET_SESSION, ann, php({f"k{i}": i for i in range(500)}))
+    inner.tell(UPDATE_SESSION, ann, php({f"k{i}": 0 for i in reversed(range(500))}))
+    check(inner.session(ann) == php({f"k{i}": 0 for i in range(500)}))
+
+
+@gateway()
 def groups_have_an_end(s):
     """At most 62 of them, of at most 128 bytes; any bytes may be in a name."""
     ann, inner = join(s, "room", "Ann"), Inner(s)

@@ -2251,6 +2251,23 @@ static void test_hpack(void) {
     buf_free(&b);
 }
 
+/* A text of any kind is cut between characters, so that little room is left, and in few steps. */
+static void test_push_alert(void) {
+    static const char *const pieces[] = {"x", "\"", "\001", "\xe5\xa5\xbd", "\xf0\x9f\x98\x80", "\\\xc3\xa9", "a\n"};
+    for (size_t i = 0; i < COUNT(pieces); i++) {
+        struct buf text = {0}, payload = {0};
+        struct json_field f = {.name = "aps"};
+        size_t at;
+        push_alert(&payload, S("short"));
+        CHECK(slice_eq(buf_slice(&payload), S("{\"aps\":{\"alert\":\"short\",\"sound\":\"default\"}}")), "%.*s", F(buf_slice(&payload)));
+        while (text.len < 1000000) buf_add(&text, slice_of(pieces[i]));
+        push_alert(&payload, buf_slice(&text));
+        CHECK(payload.len <= push_limit() && payload.len + 12 > push_limit(), "case %zu: %u bytes", i, (unsigned)payload.len);
+        CHECK(json_pick(buf_slice(&payload), &f, 1, &at) == NULL, "case %zu: no JSON", i);
+        buf_free(&text), buf_free(&payload);
+    }
+}
+
 /* Whose phone is told of what, and what it is shown. */
 static void test_push_who(void) {
     static const struct {
@@ -2373,7 +2390,7 @@ static const struct {
     TEST(room_get), TEST(rooms_order),
     TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(replay), TEST(silence),
     TEST(base64url), TEST(pass_rfc), TEST(pass), TEST(pass_forged), TEST(identify),
-    TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(push_who),
+    TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(push_who), TEST(push_alert),
     TEST(php_valid), TEST(php_depth), TEST(php_key), TEST(php_json), TEST(php_merge), TEST(form), TEST(option_ranges),
     TEST(option_forms),
 };
