@@ -74,6 +74,8 @@ import base64
 import contextlib
 import errno
 import functools
+import hashlib
+import hmac
 import json
 import os
 import random
@@ -1079,6 +1081,20 @@ def push_with(s, key):
     return told(s, "admin", get("/api/push", f"Content-Length: {len(body)}", "Connection: close", method="POST") + body)
 
 
+def login_with(s, key):
+    """Tokens signed with it, and nearly so."""
+    part = lambda data: base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+    text = part(b'{"alg":"HS256"}') + "." + part(b'{"sub":"42"}')
+    mac = hmac.new(key.encode(), text.encode(), hashlib.sha256).digest()
+    answers = []
+    for token in f"{text}.{part(mac)}", f"{text}.{part(mac[::-1])}", key:
+        ws = Ws(s)
+        ws.send_json(type="login", client_name="Ann", room_id="room", token=token)
+        answers.append(json.dumps(ws.message()))
+        ws.close()
+    return "\n".join(answers).encode()
+
+
 def nothing_with(s, key):
     """It is read at the start and at SIGHUP, and nobody is asked for it."""
     return told(s, 0, get("/"))
@@ -1097,6 +1113,7 @@ SECRETS = [
                                       "--apns-passphrase-file", "{}"], {}, push_with),
     ("passphrase in the environment", PHRASE, [*APNS, "--apns-cert", CERTIFICATE, "--apns-key", "LOCKED"],
      {"XCHAT_APNS_PASSPHRASE": PHRASE}, push_with),
+    ("secret of tokens", "swordfish swordfish swordfish 7!", ["--jwt-secret-file", "{}"], {}, login_with),
     ("key of a certificate", key_of(CERTIFICATE), BOTH, {}, nothing_with),
 ]
 
