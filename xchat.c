@@ -4832,7 +4832,8 @@ static const char *pass_name(uint32_t i) { return i < chat.n_secrets ? chat.secr
 /* Reads the secrets. False, after a line in the log: one stays as it was. */
 static bool pass_load(void) {
     bool ok = true;
-    for (struct secret *s = chat.secrets; s < chat.secrets + chat.n_secrets; s++) {
+    for (uint32_t i = 0; pass_name(i) != NULL; i++) {
+        struct secret *s = &chat.secrets[i];
         char text[SECRET_MAX + 3];   /* and a line end, and one too many */
         FILE *f = fopen(s->file, "r");
         size_t n = f != NULL && setvbuf(f, NULL, _IONBF, 0) == 0 ? fread(text, 1, sizeof text, f) : 0;
@@ -5876,7 +5877,7 @@ static struct room *group_open(slice name) {
 static void session_set(struct client *cl, slice session) {
     slice pairs = php_inside(session), name = session_value(pairs, "client_name").text;
     struct php room = session_value(pairs, "room_id");
-    bool good = name.len > 0 && name.len <= 6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
+    bool good = name.len > 0 && name.len <= (size_t)6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
     struct room *r = good ? group_open(room.text) : NULL;
     cl->seat = r != NULL ? client_join(cl, r, 0) : NULL;
     cl->number_room = room.type == 'i';
