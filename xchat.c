@@ -7514,7 +7514,7 @@ static void check_memory(void) {
         {opt.max_clients, client + tls + 2 * (in + 2 * backlog + list), "clients (--max-message, --backlog, names)"},
         {opt.max_rooms, sizeof(struct room) + sizeof(struct history) + 3 * backlog + tail, "rooms (--backlog)"},
         {opt.data == NULL ? IDLE_LOGS : 0, tail, "empty rooms, for what was said in them"},
-        {opt.apns != NULL ? PUSH_QUEUE : 0, 5 * PAYLOAD_MAX, "phones"},
+        {opt.apns != NULL ? PUSH_QUEUE : 0, (uint64_t)5 * PAYLOAD_MAX, "phones"},
     };
     double all = 16;
     puts("options, files and ports are good. Memory, if everybody did the worst that the limits allow:");
