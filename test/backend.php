@@ -70,7 +70,9 @@ class Client
         $answer = $answered ? self::read($stream, unpack('N', self::read($stream, 4))[1]) : null;
         if ($this->keep) {
             $this->kept[$address] = $stream;
-        } else {
+        } else {   // the library just closes; then the next connection may be heard before this one
+            stream_socket_shutdown($stream, STREAM_SHUT_WR);
+            stream_get_contents($stream);
             fclose($stream);
         }
         return $answer;

@@ -469,9 +469,15 @@ def persistent(prefix=b""):
     return talk
 
 
+@contextlib.contextmanager
 def short_lived(s):
-    """A `talk` that opens a connection each time, and closes it at once, as the library does."""
-    return contextlib.closing(Inner(s))
+    """A `talk` that opens a connection each time, as the library does. The library does not wait for the other
+    end to read it; but on two processors the next connection may then be heard first."""
+    inner = Inner(s)
+    yield inner
+    inner.sock.shutdown(socket.SHUT_WR)
+    inner.expect_end()
+    inner.close()
 
 
 ARRAY = ('{"type":"arr","u":"你\\/\\"","n":[1,2.5,null,true,0.1],"e":[],'
