@@ -471,8 +471,8 @@ def persistent(prefix=b""):
 
 @contextlib.contextmanager
 def short_lived(s):
-    """A `talk` that opens a connection each time, as the library does. The library does not wait for the other
-    end to read it; but on two processors the next connection may then be heard first."""
+    """A `talk` that opens a connection each time, as the library does; but it waits until that has been read.
+    Of two connections that are ready at the same time, any may be read first."""
     inner = Inner(s)
     yield inner
     inner.sock.shutdown(socket.SHUT_WR)
