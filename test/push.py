@@ -242,11 +242,11 @@ def ids(pushes):
 
 
 @contextlib.contextmanager
-def fleet(gateway, n, *options, **server):
-    """n servers with short times. Each has pushed to a phone of its own in the room "good", so that its
+def fleet(gateway, n, *options, quick=True, **server):
+    """n servers, with short times if `quick`. Each has pushed to a phone of its own in the room "good", so that its
     login and its connection (.conn) are proven, and several streams may be open."""
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(Xchat(gateway, *options, quick=True, **server)) for _ in range(n)]
+        servers = [stack.enter_context(Xchat(gateway, *options, quick=quick, **server)) for _ in range(n)]
         for s in servers:
             s.good, = phones(s, 1, "good")
             tell(s, "secret", room="good")
@@ -814,7 +814,7 @@ FINE = [
 @case()
 def raw_bytes():
     """Frames that break the rules end the connection, and the push is sent on another one; odd but good ones do not."""
-    with Gateway() as gateway, fleet(gateway, len(WRONG + FINE)) as servers:
+    with Gateway() as gateway, fleet(gateway, len(WRONG + FINE), quick=False) as servers:
         gateway.tell("rules", answer={"hold": True})
         for s in servers:
             tell(s, "secret", room="good")
@@ -836,8 +836,8 @@ def raw_bytes():
             s.settle()
             check(len(gateway.pushes(s.good)) == 2, "it is sent again")
             check(s.metric("unknown_total") == (row[0] == "dynamic status"), s.metric("unknown_total"), "unknown")
-        each(servers, WRONG, ends)
         each(servers[len(WRONG):], FINE, lives)
+        each(servers, WRONG, ends)
         gateway.events = [e for e in gateway.events if e["event"] != "error"]   # it is the one who errs here
 
 
