@@ -170,12 +170,13 @@ class Server:
             return "\n".join(self.lines)
 
     def wait_log(self, pattern, seconds=DEADLINE):
-        """Until the log matches."""
+        """Until the log matches; the match."""
         def found():
             return re.search(pattern, "\n".join(self.lines))
         with self.news:
             self.news.wait_for(lambda: found() or self.log_ended, seconds)
             check(found(), f"the log has no {pattern!r}:", "\n".join(self.lines)[-2000:] or "(it is empty)")
+            return found()
 
     def wait_end(self, seconds=DEADLINE):
         """Until the process has ended by itself; its status."""

@@ -202,8 +202,9 @@ def max_clients(s):
 @case("--max-per-address", "0", shell="ulimit -n 256")
 def max_clients_by_descriptors(s):
     """Of 256 descriptors 64 are kept: 192 clients come in, and one more is told to wait."""
-    s.wait_log("--max-clients: only 192 fit")
-    clients = [Ws(s) for _ in range(192)]
+    fit = int(s.wait_log(r"--max-clients: only (\d+) fit")[1])
+    check(fit == 192 or instrumented(), fit)   # valgrind keeps some for itself
+    clients = [Ws(s) for _ in range(fit)]
     check(upgrade_status(s)[0] == 503)
     for client in clients:
         client.fence()
