@@ -7,7 +7,7 @@ SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -
 xchat: xchat.c
 	$(CC) -O2 $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ xchat.c -lssl -lcrypto
 
-.PHONY: run test asan valgrind fuzz bench abuse install clean
+.PHONY: run test asan valgrind fuzz bench abuse soak install clean
 run: xchat
 	./xchat
 
@@ -32,6 +32,9 @@ bench:
 
 abuse: xchat
 	python3 test/abuse
+
+soak: xchat
+	python3 test/soak
 
 install: xchat
 	mkdir -p $(DESTDIR)$(PREFIX)/bin
