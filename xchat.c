@@ -5496,7 +5496,7 @@ static bool php_is_list(slice rest, int64_t pairs) {
     return true;
 }
 
-/* ---- Writing them. An array begins with the number of its pairs, so these are gathered first. ---- */
+/* ---- Writing them. ---- */
 
 /* Bytes as they are: their number makes quotes inside harmless. */
 static void php_string(struct buf *b, slice s) {
@@ -5519,12 +5519,16 @@ static void php_pair(struct buf *b, const char *name, slice value) {
     php_string(b, value);
 }
 
-/* Appends an array of so many pairs, and frees those. */
-static void php_array(struct buf *b, size_t n, struct buf *pairs) {
-    buf_printf(b, "a:%zu:{", n);
-    buf_add(b, buf_slice(pairs));
+/* Makes an array of what stands behind the first `start` bytes, n pairs: their number, which is only
+ * known now, goes in front of them. */
+static void php_array(struct buf *b, size_t start, size_t n) {
+    char head[32];
+    size_t len = (size_t)snprintf(head, sizeof head, "a:%zu:{", n);
+    char *pairs = buf_room(b, len) - (b->len - start);
+    memmove(pairs + len, pairs, b->len - start);
+    memcpy(pairs, head, len);
+    b->len += (uint32_t)len;
     buf_addc(b, '}');
-    buf_free(pairs);
 }
 
 /* Appends a value as json_encode() writes it, where a list is an array and all other arrays are
@@ -5565,31 +5569,29 @@ static bool php_merge(slice old, slice add, struct buf *b) {
     struct merge {
         slice old, add, old_left, add_left;   /* pairs of both; those still to be written */
         slice old_next, add_next;             /* php_find()'s */
-        struct buf pairs;                     /* those written, */
-        size_t n;                             /* and their number */
-    } in[PHP_DEPTH + 2], *at = in;   /* the first is not used: the result goes there */
+        size_t start, n;                      /* where those written begin, and their number */
+    } in[PHP_DEPTH + 1];
     slice key, value;
     size_t left = PAIRS_MAX;
-    in->pairs = (struct buf){0};
     old = php_inside(old), add = php_inside(add);
-    do {
-        if (old.p != NULL) *++at = (struct merge){old, add, old, add, old, add, {0}, 0};
-        old.p = NULL;
+    in[0] = (struct merge){old, add, old, add, old, add, b->len, 0};
+    for (int depth = 0; depth >= 0;) {
+        struct merge *at = &in[depth];
         bool first = left > 0 && php_each(&at->old_left, &key, &value);
         if (left == 0 || (!first && !php_each(&at->add_left, &key, &value))) {
-            php_array(&at[-1].pairs, at->n, &at->pairs);
-            at--;
+            php_array(b, at->start, at->n);
+            depth--;
             continue;
         }
         slice other = first ? php_find(at->add, key, &at->add_next) : php_find(at->old, key, &at->old_next);
         if (!first && other.len > 0) continue;   /* it was written */
-        buf_add(&at->pairs, key);
+        buf_add(b, key);
         at->n++, left--;
-        if (*value.p == 'a' && other.len > 0 && *other.p == 'a') old = php_inside(value), add = php_inside(other);
-        else buf_add(&at->pairs, other.len > 0 ? other : value);
-    } while (at > in);
-    buf_add(b, buf_slice(&in->pairs));
-    buf_free(&in->pairs);
+        if (*value.p == 'a' && *other.p == 'a') {
+            old = php_inside(value), add = php_inside(other);
+            in[++depth] = (struct merge){old, add, old, add, old, add, b->len, 0};
+        } else buf_add(b, other.len > 0 ? other : value);
+    }
     return left > 0;
 }
 
@@ -5607,10 +5609,9 @@ static struct {
     char address_text[24];     /* ...and as the register does */
     uint16_t port;             /* of the chat */
     int64_t join_ms;           /* not before then: connect to it; or say that we live */
-    struct buf text, session;  /* a message, a session, if they had to be written */
+    struct buf text;           /* a message that had to be written */
     struct buf name;           /* a value of JSON, decoded */
-    struct buf json;           /* ext_data of the packet at hand... */
-    slice ext[9];              /* ...and what is inside of its arrays and objects: enum ext */
+    struct buf json;           /* ext_data of the packet at hand: ext_json() */
 } backend;
 
 /* Reads a secret into `key`: what is in a file, but for its line end. Without a file there is
@@ -5829,23 +5830,6 @@ static bool name_ok(slice s) {
     return s.len > 0 && s.len <= ROOM_MAX_BYTES && !slice_eq(s, S("0")) && utf8_valid(s) && is_text(s, ' ', ' ');
 }
 
-/* The session of a client, until the next is asked for: what the back end has set, and what a login
- * since then has changed. Pages expect the room as the login had it, as a number or as text. */
-static slice session_get(const struct client *cl) {
-    slice stored = buf_slice(&cl->session);
-    struct buf login = {0}, pairs = {0};
-    if (cl->seat == NULL || (stored.len > 0 && !cl->newer)) return stored;
-    php_string(&pairs, S("room_id"));
-    (cl->number_room ? php_key : php_string)(&pairs, room_name(cl->seat->room));
-    php_pair(&pairs, "client_name", slice_of(cl->name));
-    php_array(&login, 2, &pairs);
-    buf_clear(&backend.session);
-    if (!slice_starts(stored, S("a:"))) buf_add(&backend.session, buf_slice(&login));
-    else if (!php_merge(stored, buf_slice(&login), &backend.session)) buf_clear(&backend.session);
-    buf_free(&login);
-    return buf_slice(&backend.session);
-}
-
 /* The session is this from now on. */
 static void session_keep(struct client *cl, slice session) {
     struct buf copy = {0};
@@ -5855,13 +5839,24 @@ static void session_keep(struct client *cl, slice session) {
     cl->newer = false;
 }
 
-/* A value of a session, if it is text or an integer; else its text is empty. */
-static struct php session_value(slice pairs, const char *name) {
-    struct buf key = {0};
+/* The session of a client: what the back end has set, and what a login since then has changed, unless
+ * there is too much to merge. Pages expect the room as the login had it, as a number or as text. */
+static slice session_get(struct client *cl) {
+    struct buf login = {0}, merged = {0};
+    if (cl->seat == NULL || !cl->newer) return buf_slice(&cl->session);
+    php_string(&login, S("room_id"));
+    (cl->number_room ? php_key : php_string)(&login, room_name(cl->seat->room));
+    php_pair(&login, "client_name", slice_of(cl->name));
+    php_array(&login, 0, 2);
+    if (php_merge(buf_slice(&cl->session), buf_slice(&login), &merged)) session_keep(cl, buf_slice(&merged));
+    buf_free(&login), buf_free(&merged);
+    return buf_slice(&cl->session);
+}
+
+/* The value of this key in a session, if it is text or an integer; else its text is empty. */
+static struct php session_value(slice pairs, slice key) {
     struct php v;
-    php_string(&key, slice_of(name));
-    slice value = php_find(pairs, buf_slice(&key), &pairs);
-    buf_free(&key);
+    slice value = php_find(pairs, key, &pairs);
     bool ok = php_read(&value, &v) && (v.type == 'i' || v.type == 's');
     return ok ? v : (struct php){'N', S(""), 0};
 }
@@ -5875,8 +5870,8 @@ static struct room *group_open(slice name) {
 /* Replaces the session, and has the chat go by it: room and name are what it says. The client is
  * not taken out of the room it was in, since that is a group for PHP, and nobody said so. */
 static void session_set(struct client *cl, slice session) {
-    slice pairs = php_inside(session), name = session_value(pairs, "client_name").text;
-    struct php room = session_value(pairs, "room_id");
+    slice pairs = php_inside(session), name = session_value(pairs, S("s:11:\"client_name\";")).text;
+    struct php room = session_value(pairs, S("s:7:\"room_id\";"));
     bool good = name.len > 0 && name.len <= (size_t)6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
     struct room *r = good ? group_open(room.text) : NULL;
     cl->seat = r != NULL ? client_join(cl, r, 0) : NULL;
@@ -5955,31 +5950,27 @@ struct packet {        /* borrowed from what came */
     slice body;        /* the message */
 };
 
-/* Fields of ext_data; LIST is all of it. ext_read() has their names. */
-enum ext { LIST, CONNECTIONS, EXCLUDE, GROUP, FIELDS_WANTED, WHERE, GROUPS, UIDS, NUMBERS };
-
-/* Reads ext_data that is JSON into backend.ext: what is inside of its arrays and objects; empty
- * for what is missing. Those behind WHERE are fields of that. False: it is no object. */
-static bool ext_read(slice ext) {
-    struct json_field f[] = {
-        {.name = "list"}, {.name = "connections"}, {.name = "exclude"}, {.name = "group"}, {.name = "fields"},
-        {.name = "where"}, {.name = "groups"}, {.name = "uid"}, {.name = "connection_id"},
-    };
+/* The value of this name in a JSON object, if it is an array or object; or else empty. */
+static slice ext_field(slice json, const char *name) {
+    struct json_field f = {.name = name};
     size_t at;
+    const char *why = json_pick(json, &f, 1, &at);
+    return why == NULL && f.raw.p != NULL && (*f.raw.p == '[' || *f.raw.p == '{') ? f.raw : S("");
+}
+
+/* ext_data that is a JSON array or object, until the next is asked for; or else empty. An array
+ * has to be in an object, or json_pick() does not take it. */
+static slice ext_json(slice ext) {
     buf_clear(&backend.json);
-    buf_add(&backend.json, S("{\"list\":"));   /* it may be an array, which json_pick() does not take */
+    buf_add(&backend.json, S("{\"list\":"));
     buf_add(&backend.json, ext);
     buf_addc(&backend.json, '}');
-    bool ok = json_pick(buf_slice(&backend.json), f, 1, &at) == NULL && f->raw.p != NULL;
-    bool object = ok && *f->raw.p == '{';
-    if (object) json_pick(f->raw, f + 1, 5, &at);
-    if (object && f[WHERE].raw.p != NULL) json_pick(f[WHERE].raw, f + 6, 3, &at);
-    for (int i = LIST; i <= NUMBERS; i++) {
-        bool list = ok && f[i].raw.p != NULL && (*f[i].raw.p == '[' || *f[i].raw.p == '{');
-        backend.ext[i] = list ? json_inside(f[i].raw) : S("");
-    }
-    return object;
+    return ext_field(buf_slice(&backend.json), "list");
 }
+
+/* What is inside the brackets of these. */
+static slice ext_inside(slice raw) { return raw.len > 0 ? json_inside(raw) : raw; }
+static slice ext_list(slice json, const char *name) { return ext_inside(ext_field(json, name)); }
 
 /* Takes the next value off such a list, as text that lasts until the next is asked for: uids and
  * groups may be numbers there. */
@@ -6012,23 +6003,19 @@ static bool packet_message(const struct packet *p, slice *message) {
  * what the library's users are used to. */
 static void gateway_send(const struct packet *p) {
     struct set set = set_new();
-    slice message, name, rest;
-    bool raw = (p->flag & AS_IT_IS) != 0, all = p->cmd == SEND_TO_ALL;
+    bool raw = (p->flag & AS_IT_IS) != 0, all = p->cmd == SEND_TO_ALL, users = p->cmd == SEND_TO_UID;
+    slice message, name, json = ext_json(p->ext), chosen = all ? ext_list(json, "connections") : S("");
     if (!packet_message(p, &message)) return;
-    ext_read(p->ext);
-    bool chosen = all && backend.ext[CONNECTIONS].len > 0;
-    set_add_numbers(&set, backend.ext[chosen ? CONNECTIONS : EXCLUDE]);
-    bool excluded = set.n > 0;
-    if (all && !chosen) set = (struct set){.mark = set.mark}, set_add_all(&set);   /* without those marked */
+    set_add_numbers(&set, chosen.len > 0 ? chosen : ext_list(json, "exclude"));
+    if (all && chosen.len == 0) set = (struct set){.mark = set.mark}, set_add_all(&set);   /* without those marked */
     for (struct client *cl = all ? set.first : NULL; cl != NULL; cl = cl->next_in_set) client_tell(cl, message, raw);
     if (all) return;
-    rest = backend.ext[p->cmd == SEND_TO_UID ? LIST : GROUP];
-    while (ext_each(&rest, &name)) {
-        struct room *r = room_find(p->cmd == SEND_TO_UID ? S("users/") : S("rooms/"), name);
-        if (r != NULL && !excluded && !raw) room_publish_next(r, message);   /* once for all of them */
+    for (slice rest = users ? ext_inside(json) : ext_list(json, "group"); ext_each(&rest, &name);) {
+        struct room *r = room_find(users ? S("users/") : S("rooms/"), name);
+        if (r != NULL && set.n == 0 && !raw) room_publish_next(r, message);   /* once for all of them */
         else for (struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) {
             struct client *cl = m->c->state;
-            if (!excluded || cl->mark != set.mark) client_tell(cl, message, raw);
+            if (cl->mark != set.mark) client_tell(cl, message, raw);
         }
     }
 }
@@ -6042,7 +6029,7 @@ static void gateway_tell(const struct packet *p, struct client *cl) {
 /* Takes a client out of a room. If it was the one it speaks in, its session stays what it is. */
 static void gateway_leave(struct client *cl, struct member *m) {
     if (cl->seat == m) {
-        session_keep(cl, session_get(cl));
+        session_get(cl);
         if (cl->worker == NULL) chat_leave(cl);   /* others hear of it */
         else cl->seat = NULL, room_leave(m);
     } else room_leave(m);
@@ -6075,85 +6062,82 @@ static void gateway_do(const struct packet *p, struct client *cl) {
 
 /* A client's groups, as SELECT has them: null for one that never was in any. */
 static void reply_groups(struct buf *b, const struct client *cl) {
-    struct buf pairs = {0};
-    size_t n = 0;
+    size_t start = b->len, n = 0;
     for (const struct member *m = cl->c->joined; m != NULL; m = m->also) {
         if (m == cl->inbox) continue;
-        php_key(&pairs, room_name(m->room));
-        php_string(&pairs, room_name(m->room));
+        php_key(b, room_name(m->room));
+        php_string(b, room_name(m->room));
         n++;
     }
-    if (cl->grouped) php_array(b, n, &pairs);
+    if (cl->grouped) php_array(b, start, n);
     else buf_add(b, S("N;"));
 }
 
 /* What SELECT wants to know of one client. */
-static void reply_fields(struct buf *b, const struct client *cl) {
-    struct buf pairs = {0};
-    size_t n = 0;
-    for (slice name, rest = backend.ext[FIELDS_WANTED]; pairs.len <= ANSWER_MAX && ext_each(&rest, &name); n++) {
-        php_key(&pairs, name);
-        if (slice_eq(name, S("session"))) php_string(&pairs, session_get(cl));
-        else if (slice_eq(name, S("uid")) && cl->uid != NULL) php_string(&pairs, slice_of(cl->uid));
-        else if (slice_eq(name, S("groups"))) reply_groups(&pairs, cl);
-        else buf_add(&pairs, S("N;"));
+static void reply_fields(struct buf *b, struct client *cl, slice fields) {
+    size_t start = b->len, n = 0;
+    for (slice name; b->len <= ANSWER_MAX && ext_each(&fields, &name); n++) {
+        php_key(b, name);
+        if (slice_eq(name, S("session"))) php_string(b, session_get(cl));
+        else if (slice_eq(name, S("uid")) && cl->uid != NULL) php_string(b, slice_of(cl->uid));
+        else if (slice_eq(name, S("groups"))) reply_groups(b, cl);
+        else buf_add(b, S("N;"));
     }
-    php_array(b, n, &pairs);
+    php_array(b, start, n);
+}
+
+/* Adds those that SELECT means: who meets any of its conditions; without one, all clients. */
+static void set_add_where(struct set *set, slice where) {
+    slice any = ext_inside(where), groups = ext_list(where, "groups"), uids = ext_list(where, "uid"), name;
+    if (!json_each(&any, &name)) set_add_all(set);
+    for (size_t i = 0; i < NAMES_MAX && ext_each(&groups, &name); i++) set_add_room(set, S("rooms/"), name);
+    for (size_t i = 0; i < NAMES_MAX && ext_each(&uids, &name); i++) set_add_room(set, S("users/"), name);
+    set_add_numbers(set, ext_list(where, "connection_id"));
 }
 
 /* Of several clients: their numbers, in a list; or as keys, with what was asked for. */
 static void reply_clients(struct buf *b, const struct packet *p) {
     struct set set = set_new();
-    struct buf pairs = {0};
-    slice name;
-    size_t n = 0;
-    if (p->cmd == SELECT) {
-        slice all = S("[]"), groups, uids;
-        if (ext_read(p->ext)) all = backend.ext[WHERE];   /* none of its criteria: all clients */
-        groups = backend.ext[GROUPS], uids = backend.ext[UIDS];
-        if (!json_each(&all, &name)) set_add_all(&set);
-        for (size_t i = 0; i < NAMES_MAX && ext_each(&groups, &name); i++) set_add_room(&set, S("rooms/"), name);
-        for (size_t i = 0; i < NAMES_MAX && ext_each(&uids, &name); i++) set_add_room(&set, S("users/"), name);
-        set_add_numbers(&set, backend.ext[NUMBERS]);
-    } else if (p->cmd == GET_ALL_CLIENT_SESSIONS) set_add_all(&set);
-    else set_add_room(&set, p->cmd == GET_CLIENT_SESSIONS_BY_GROUP ? S("rooms/") : S("users/"), p->ext);
-    for (const struct client *cl = set.first; cl != NULL && pairs.len <= ANSWER_MAX; cl = cl->next_in_set, n++) {
-        if (p->cmd == GET_CLIENT_ID_BY_UID) buf_printf(&pairs, "i:%zu;", n);
-        buf_printf(&pairs, "i:%u;", cl->number);
-        if (p->cmd == SELECT) reply_fields(&pairs, cl);
-        else if (p->cmd != GET_CLIENT_ID_BY_UID) php_string(&pairs, session_get(cl));
+    size_t start = b->len, n = 0;
+    slice json = p->cmd == SELECT ? ext_json(p->ext) : S(""), fields = ext_list(json, "fields");
+    if (p->cmd == GET_ALL_CLIENT_SESSIONS) set_add_all(&set);
+    else if (p->cmd != SELECT)
+        set_add_room(&set, p->cmd == GET_CLIENT_SESSIONS_BY_GROUP ? S("rooms/") : S("users/"), p->ext);
+    else if (*json.p == '{') set_add_where(&set, ext_field(json, "where"));
+    for (struct client *cl = set.first; cl != NULL && b->len <= ANSWER_MAX; cl = cl->next_in_set, n++) {
+        if (p->cmd == GET_CLIENT_ID_BY_UID) buf_printf(b, "i:%zu;", n);
+        buf_printf(b, "i:%u;", cl->number);
+        if (p->cmd == SELECT) reply_fields(b, cl, fields);
+        else if (p->cmd != GET_CLIENT_ID_BY_UID) php_string(b, session_get(cl));
     }
-    php_array(b, n, &pairs);
+    php_array(b, start, n);
 }
 
 /* The batch forms: for each name the same answer as if asked alone. */
 static void reply_batch(struct buf *b, const struct packet *p) {
-    struct buf pairs = {0};
-    size_t n = 0;
-    ext_read(p->ext);
-    for (slice name, rest = backend.ext[LIST]; pairs.len <= ANSWER_MAX && ext_each(&rest, &name); n++) {
-        php_key(&pairs, name);
+    size_t start = b->len, n = 0;
+    for (slice name, rest = ext_inside(ext_json(p->ext)); b->len <= ANSWER_MAX && ext_each(&rest, &name); n++) {
+        php_key(b, name);
         if (p->cmd == BATCH_GET_CLIENT_COUNT_BY_GROUP)
-            buf_printf(&pairs, "i:%zu;", room_clients(room_find(S("rooms/"), name)));
-        else reply_clients(&pairs, &(struct packet){.cmd = GET_CLIENT_ID_BY_UID, .ext = name});
+            buf_printf(b, "i:%zu;", room_clients(room_find(S("rooms/"), name)));
+        else reply_clients(b, &(struct packet){.cmd = GET_CLIENT_ID_BY_UID, .ext = name});
     }
-    php_array(b, n, &pairs);
+    php_array(b, start, n);
 }
 
 /* The rooms that have clients; the oldest first. They are groups that somebody is in. */
 static void reply_rooms(struct buf *b) {
-    struct buf pairs = {0};
-    size_t n = 0;
+    size_t start = b->len, n = 0;
     for (struct room *r = NULL; (r = room_next(r)) != NULL;) {
-        buf_printf(&pairs, "i:%zu;", n++);
-        php_key(&pairs, room_name(r));
+        buf_printf(b, "i:%zu;", n++);
+        php_key(b, room_name(r));
     }
-    php_array(b, n, &pairs);
+    php_array(b, start, n);
 }
 
 /* Answers what has an answer, also if there is no such client: the library would wait for it for
  * ever. False: it has none. */
-static bool gateway_ask(const struct packet *p, const struct client *cl, struct buf *b) {
+static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b) {
     struct set all = set_new();
     switch (p->cmd) {
     case GET_ALL_CLIENT_SESSIONS: case GET_CLIENT_ID_BY_UID: case GET_CLIENT_SESSIONS_BY_GROUP: case SELECT:
@@ -6227,31 +6211,34 @@ static bool form_each(slice *rest, char mark, struct buf *name, struct buf *valu
 
 /* Appends such pairs as a PHP array; those without a name are left out, as PHP does. */
 static void php_form(struct buf *b, slice rest, char mark) {
-    struct buf name = {0}, value = {0}, pairs = {0};
-    size_t n = 0;
+    struct buf name = {0}, value = {0};
+    size_t start = b->len, n = 0;
     while (form_each(&rest, mark, &name, &value)) {
         if (name.len == 0) continue;
-        php_key(&pairs, buf_slice(&name));
-        php_string(&pairs, buf_slice(&value));
+        php_key(b, buf_slice(&name));
+        php_string(b, buf_slice(&value));
         n++;
     }
-    php_array(b, n, &pairs);
+    php_array(b, start, n);
     buf_free(&name), buf_free(&value);
 }
 
-/* What PHP has in $_GET, $_SERVER and $_COOKIE after this request. */
+/* Writes what PHP has in $_GET, $_SERVER and $_COOKIE after this request. */
 static void worker_request(struct buf *b, const struct client *cl, const struct request *q) {
-    struct buf server = {0}, name = {0};
+    struct buf name = {0};
     slice cookies = S("");
-    size_t n = 9;
-    php_pair(&server, "QUERY_STRING", q->query);
-    php_pair(&server, "REQUEST_METHOD", q->method);
-    php_pair(&server, "REQUEST_URI", q->target);
-    php_pair(&server, "SERVER_PROTOCOL", S("HTTP/1.1"));
-    php_pair(&server, "SERVER_NAME", q->header[HOST]);
-    buf_add(&server, S("s:12:\"CONTENT_TYPE\";N;"));
-    php_pair(&server, "REMOTE_ADDR", peer_ip(&cl->c->peer));
-    buf_printf(&server, "s:11:\"REMOTE_PORT\";i:%u;s:11:\"SERVER_PORT\";i:%u;", cl->c->peer.port, backend.port);
+    php_string(b, S("get"));
+    php_form(b, q->query, '&');
+    php_string(b, S("server"));
+    size_t start = b->len, n = 9;
+    php_pair(b, "QUERY_STRING", q->query);
+    php_pair(b, "REQUEST_METHOD", q->method);
+    php_pair(b, "REQUEST_URI", q->target);
+    php_pair(b, "SERVER_PROTOCOL", S("HTTP/1.1"));
+    php_pair(b, "SERVER_NAME", q->header[HOST]);
+    buf_add(b, S("s:12:\"CONTENT_TYPE\";N;"));
+    php_pair(b, "REMOTE_ADDR", peer_ip(&cl->c->peer));
+    buf_printf(b, "s:11:\"REMOTE_PORT\";i:%u;s:11:\"SERVER_PORT\";i:%u;", cl->c->peer.port, backend.port);
     for (slice rest = q->lines; rest.len > 0; n++) {   /* Accept-Language is HTTP_ACCEPT_LANGUAGE there */
         slice value = slice_split(&rest, '\n'), header = slice_split(&value, ':');
         value = slice_trim(slice_take(value, value.len - 1));
@@ -6259,16 +6246,13 @@ static void worker_request(struct buf *b, const struct client *cl, const struct 
         buf_clear(&name);
         buf_add(&name, S("HTTP_"));
         for (size_t i = 0; i < header.len; i++) buf_addc(&name, header.p[i] == '-' ? '_' : upper(header.p[i]));
-        php_string(&server, buf_slice(&name));
-        php_string(&server, value);
+        php_string(b, buf_slice(&name));
+        php_string(b, value);
     }
-    buf_add(b, S("a:3:{s:3:\"get\";"));
-    php_form(b, q->query, '&');
-    buf_add(b, S("s:6:\"server\";"));
-    php_array(b, n, &server);
-    buf_add(b, S("s:6:\"cookie\";"));
+    php_array(b, start, n);
+    php_string(b, S("cookie"));
     php_form(b, cookies, ';');
-    buf_addc(b, '}');
+    php_array(b, 0, 3);
     buf_free(&name);
 }
 
