@@ -4546,6 +4546,12 @@ enum field {
     SINCE, INBOX_SINCE, HISTORY, BEFORE, COUNT, DEVICE_TOKEN, FORGET_DEVICE, TOKEN, FIELDS
 };
 
+struct secret {
+    const char *file;
+    size_t len;
+    char text[SECRET_MAX];
+};
+
 static struct {
     struct table clients;          /* by id */
     struct client *first, *last;   /* in order of coming */
@@ -4558,11 +4564,7 @@ static struct {
     struct buf text, html, name;   /* decoded fields */
     struct buf token;              /* a device token */
     struct buf pass, uid;          /* a part of a pass, decoded; who a login is from, or empty */
-    struct secret {
-        const char *file;
-        size_t len;
-        char text[SECRET_MAX];
-    } secrets[2];                  /* two while one replaces the other */
+    struct secret secrets[2];      /* two while one replaces the other */
     uint32_t n_secrets;
     struct buf json;               /* the answer being written */
     unsigned long long received, limited;   /* messages, and those over --rate */
@@ -4817,7 +4819,31 @@ static void chat_unsaid(slice text) {
                 f[1].raw.p != NULL ? f[1].raw : S(""));
 }
 
-/* ---- Passes. ---- */
+/* ---- Secrets, and passes. ---- */
+
+static slice secret_text(const struct secret *s) { return (slice){s->text, s->len}; }
+
+/* Takes as long for a wrong text as for the right one. */
+static bool secret_is(const struct secret *s, slice text) {
+    return text.len == s->len && CRYPTO_memcmp(s->text, text.p, text.len) == 0;
+}
+
+/* Reads the file of an option, without its line end. If that is NULL there is nothing to do. False,
+ * after a line in the log: the secret stays as it was. */
+static bool secret_load(const char *option, struct secret *s, size_t least) {
+    char text[SECRET_MAX + 3] = "";   /* with a line end, and one too many */
+    if (s->file == NULL) return true;
+    FILE *f = fopen(s->file, "r");
+    size_t n = f != NULL && setvbuf(f, NULL, _IONBF, 0) == 0 ? fread(text, 1, sizeof text, f) : 0;
+    const char *why = f == NULL || ferror(f) ? strerror(errno) : NULL;
+    if (f != NULL) fclose(f);
+    if (n > 0 && text[n - 1] == '\n') n -= n > 1 && text[n - 2] == '\r' ? 2 : 1;
+    if (why == NULL && (n < least || n > SECRET_MAX)) why = "it is too short, or longer than 1024 bytes";
+    if (why == NULL) memcpy(s->text, text, sizeof s->text), s->len = n;
+    else log_warn("%s %s: %s", option, s->file, why);
+    OPENSSL_cleanse(text, sizeof text);
+    return why == NULL;
+}
 
 /* `take` of --jwt-secret-file. */
 static const char *pass_file(const char *value) {
@@ -4831,21 +4857,8 @@ static const char *pass_name(uint32_t i) { return i < chat.n_secrets ? chat.secr
 
 /* Reads the secrets. False, after a line in the log: one stays as it was. */
 static bool pass_load(void) {
-    bool ok = true;
-    for (uint32_t i = 0; pass_name(i) != NULL; i++) {
-        struct secret *s = &chat.secrets[i];
-        char text[SECRET_MAX + 3];   /* and a line end, and one too many */
-        FILE *f = fopen(s->file, "r");
-        size_t n = f != NULL && setvbuf(f, NULL, _IONBF, 0) == 0 ? fread(text, 1, sizeof text, f) : 0;
-        const char *why = f == NULL || ferror(f) ? strerror(errno) : NULL;
-        if (f != NULL) fclose(f);
-        if (n > 0 && text[n - 1] == '\n') n -= n > 1 && text[n - 2] == '\r' ? 2 : 1;
-        if (why == NULL && (n < SECRET_MIN || n > SECRET_MAX)) why = "a secret has 16 to 1024 bytes";
-        if (why == NULL) memcpy(s->text, text, s->len = n);
-        else log_warn("--jwt-secret-file %s: %s", s->file, why), ok = false;
-        OPENSSL_cleanse(text, sizeof text);
-    }
-    return ok;
+    bool first = secret_load("--jwt-secret-file", &chat.secrets[0], SECRET_MIN);
+    return secret_load("--jwt-secret-file", &chat.secrets[1], SECRET_MIN) && first;
 }
 
 /* Appends the signature of what is there. */
@@ -5350,7 +5363,6 @@ enum {
     PACKET_HEAD = 28, PACKET_MAX = 10 << 20,
     PHP_DEPTH = 32,           /* arrays inside each other */
     SESSION_MAX = 32768,      /* bytes */
-    KEY_MAX = 1024,           /* bytes of a secret */
     PEERS_MAX = 256,          /* connections to gateway and register */
     STRANGER_BYTES = 65536,   /* of a packet or line, from who did not show the secret... */
     STRANGER_MS = 10000,      /* ...and the time to do so */
@@ -5595,10 +5607,10 @@ static bool php_merge(slice old, slice add, struct buf *b) {
     return left > 0;
 }
 
-/* ---- Secrets. ---- */
+/* ---- Those who are connected: to the gateway, or to the register. ---- */
 
 static struct {
-    struct buf key;            /* the secret */
+    struct secret key;
     struct peer *peers;        /* all, the oldest first */
     uint32_t n_peers;
     uint32_t mark;             /* of the newest set of clients */
@@ -5613,34 +5625,6 @@ static struct {
     struct buf name;           /* a value of JSON, decoded */
     struct buf json;           /* ext_data of the packet at hand: ext_json() */
 } backend;
-
-/* Reads a secret into `key`: what is in a file, but for its line end. Without a file there is
- * nothing to do. False, after a line in the log: it stays as it was. */
-static bool key_load(const char *option, const char *name, struct buf *key) {
-    char text[KEY_MAX + 2];
-    if (name == NULL) return true;
-    int fd = open(name, O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd >= 0 ? read(fd, text, sizeof text) : -1;
-    const char *why = n < 0 ? strerror(errno) : NULL;
-    if (fd >= 0) close(fd);
-    while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r')) n--;
-    if (why == NULL && (n == 0 || n > KEY_MAX)) why = n == 0 ? "it is empty" : "it is too long";
-    if (why != NULL) log_warn("%s %s: %s", option, name, why);
-    else {
-        if (key->len > 0) OPENSSL_cleanse(key->p, key->len);
-        buf_clear(key);
-        buf_add(key, (slice){text, (size_t)n});
-    }
-    OPENSSL_cleanse(text, sizeof text);
-    return why == NULL;
-}
-
-/* Takes as long for a wrong secret as for the right one. */
-static bool key_is(const struct buf *key, slice s) {
-    return s.len == key->len && CRYPTO_memcmp(buf_slice(key).p, s.p, s.len) == 0;
-}
-
-/* ---- Those who are connected: to the gateway, or to the register. ---- */
 
 struct peer {
     struct conn *c;
@@ -5747,7 +5731,7 @@ static const char *register_line(struct conn *c, slice line) {
     c->deadline_ms = 0;
     if (json_is(f[0].raw, "ping")) return NULL;
     if (!gateway && !worker) return "unknown event";
-    if (!key_is(&backend.key, json_get(f[2].raw, &backend.name))) return "wrong secret key";
+    if (!secret_is(&backend.key, json_get(f[2].raw, &backend.name))) return "wrong secret key";
     peer->known = true;
     peer->worker |= worker;
     if (worker) return register_list(c), NULL;
@@ -5807,7 +5791,7 @@ static void join_opened(struct conn *c, const char *why) {
     if (c == NULL) log_warn("--join %s: %s", opt.join, why);
     if (c == NULL) return;
     buf_printf(&c->out, "{\"event\":\"gateway_connect\", \"address\":\"%s\", \"secret_key\":", backend.address_text);
-    json_quote(&c->out, buf_slice(&backend.key));
+    json_quote(&c->out, secret_text(&backend.key));
     buf_add(&c->out, S("}\n"));
 }
 
@@ -6293,7 +6277,7 @@ static bool gateway_greet(struct conn *c, const struct packet *p) {
     size_t at;
     if (p->cmd != WORKER_CONNECT && p->cmd != GATEWAY_CLIENT_CONNECT) return peer->known;
     bool json = json_pick(p->body, f, 2, &at) == NULL && f[0].raw.p != NULL && *f[0].raw.p == '"';
-    if (!json || !key_is(&backend.key, json_get(f[0].raw, &backend.name))) return false;
+    if (!json || !secret_is(&backend.key, json_get(f[0].raw, &backend.name))) return false;
     peer->known = true;
     if (p->cmd == WORKER_CONNECT) worker_connect(c, json_get(f[1].raw, &backend.name));
     return true;
@@ -6346,7 +6330,10 @@ static const struct proto backend_listener = {
 };
 
 /* Reads the secret, at the start and at SIGHUP. False, after a line in the log: it stays as it was. */
-static bool backend_load(void) { return key_load("--gateway-key-file", opt.gateway_key_file, &backend.key); }
+static bool backend_load(void) {
+    backend.key.file = opt.gateway_key_file;
+    return secret_load("--gateway-key-file", &backend.key, 1);
+}
 
 /* Gets ready. The first two are the address of the gateway, or what stands for it; the last is the
  * port of the chat. A wrong --join ends the program. */
@@ -6405,7 +6392,8 @@ static struct {
     struct buf value[API_FIELDS];      /* fields of that, as text; empty if not given */
     bool given[API_FIELDS];
     slice raw;                         /* the message, if it is a JSON array or object */
-    struct buf key, name;              /* the secret; the name of a field */
+    struct secret key;
+    struct buf name;                   /* of a field */
     struct buf json;                   /* the answer being written; empty between requests */
 } api;
 
@@ -6458,16 +6446,17 @@ static bool api_done(const char *what, size_t n) {
 /* ---- Who may ask. ---- */
 
 /* Reads the secret, at the start and at SIGHUP. False, after a line in the log: it stays as it was. */
-static bool api_load(void) { return key_load("--admin-key-file", opt.admin_key_file, &api.key); }
+static bool api_load(void) {
+    api.key.file = opt.admin_key_file;
+    return secret_load("--admin-key-file", &api.key, 1);
+}
 
 /* Does a Host header name this machine, as only a program on it would? */
 static bool api_is_here(slice host) {
     struct addr a;
-    bool six = slice_starts(host, S("[::1]"));
-    slice rest = host, name = six ? slice_take(host, 5) : slice_split(&rest, ':'), port = slice_cut(host, name.len);
-    bool here = six || slice_eqcase(name, S("localhost")) ||
-                (addr_parse(name, &a) && addr_is_v4(&a) && a.ip[12] == 127);
-    return here && (port.len == 0 || (*port.p == ':' && slice_number(slice_cut(port, 1), 10) >= 0));
+    slice name = http_name(host);
+    return slice_eq(name, S("[::1]")) || slice_eqcase(name, S("localhost")) ||
+           (addr_parse(name, &a) && addr_is_v4(&a) && a.ip[12] == 127);
 }
 
 /* The media type of a body, without parameters (charset=...). */
@@ -6483,7 +6472,7 @@ static slice api_type(const struct request *q) {
 static bool api_allowed(struct conn *c, struct request *q) {
     slice key = q->header[AUTHORIZATION], scheme = slice_split(&key, ' '), host = q->header[HOST];
     slice origin = q->header[ORIGIN], site = origin;
-    bool keep = q->keep, proved = slice_eqcase(scheme, S("Bearer")) && key_is(&api.key, slice_trim(key));
+    bool keep = q->keep, proved = slice_eqcase(scheme, S("Bearer")) && secret_is(&api.key, slice_trim(key));
     if (slice_eq(q->path, S("/health")) && q->length == 0) return true;
     api.c = c;
     api.q = q;

@@ -518,7 +518,7 @@ static void fuzz_step(unsigned op, unsigned which, slice s) {
     if (op == 0) feed(one_of(&gateway_proto, id % 3), s, step);
     else if ((op == 1 || op == 2) && s.len >= 4) fuzz_packet(one_of(&gateway_proto, id % 3), s, step);
     else if (op == 3) {   /* one that knows the secret, a worker maybe */
-        buf_printf(&b, "{\"secret_key\":\"%.*s\",\"worker_key\":\"w%u\"}", F(buf_slice(&backend.key)), (unsigned)s.len);
+        buf_printf(&b, "{\"secret_key\":\"%.*s\",\"worker_key\":\"w%u\"}", F(secret_text(&backend.key)), (unsigned)s.len);
         struct buf packet = {0};
         buf_printf(&packet, "%c%c%c%c%.*s", which & 4 ? 22 : 21, 0, 1, 0, F(buf_slice(&b)));
         fuzz_packet(one_of(&gateway_proto, id % 3), buf_slice(&packet), step);
@@ -526,7 +526,7 @@ static void fuzz_step(unsigned op, unsigned which, slice s) {
     } else if (op == 4) feed(one_of(&register_proto, id % 3), s, step);
     else if (op == 5) {
         buf_printf(&b, "{\"event\":\"%s_connect\",\"address\":\"%.*s\",\"secret_key\":\"%.*s\"}\n",
-                   which & 4 ? "gateway" : "worker", F(s), F(buf_slice(&backend.key)));
+                   which & 4 ? "gateway" : "worker", F(s), F(secret_text(&backend.key)));
         feed(one_of(&register_proto, id % 3), buf_slice(&b), step);
     } else if (op == 6) feed(one_of(&http_proto, id % 2), s, step);
     else if (op == 7 && s.len > 0) fuzz_api(one_of(&http_proto, 0), which, s, step);
@@ -544,8 +544,8 @@ static void fuzz_step(unsigned op, unsigned which, slice s) {
 
 static void fuzz_backend(const uint8_t *data, size_t size) {
     if (size < 1) return;
-    if ((data[0] & 1) != 0) buf_add(&backend.key, S("sekret"));
-    if ((data[0] & 2) != 0) buf_add(&api.key, S("k"));
+    if ((data[0] & 1) != 0) memcpy(backend.key.text, "sekret", backend.key.len = 6);
+    if ((data[0] & 2) != 0) memcpy(api.key.text, "k", api.key.len = 1);
     opt.gateway = (data[0] & 4) != 0 ? "g" : NULL;
     backend.address[3] = (data[0] & 8) != 0 ? 2 : 1;
     if ((data[0] & 16) != 0) push_ready(), push.binary = false, rooms.said = push_said;
@@ -568,7 +568,7 @@ static void fuzz_backend(const uint8_t *data, size_t size) {
     for (uint32_t i = 0; i < loop.n; i++) conn_lost(loop.conn[i], "fuzzed");
     loop_settle();
     if (backend.peers != NULL || backend.n_peers != 0) abort();
-    buf_free(&backend.key), buf_free(&api.key);
+    backend.key.len = api.key.len = 0;
     if (opt.apns != NULL) push_clean();
     opt.apns = NULL, rooms.said = NULL;
 }
