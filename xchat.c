@@ -5671,6 +5671,7 @@ static ssize_t peer_wait(struct conn *c) {
 
 /* `tick` of both: who is slow is shut out, and a worker is pinged. */
 static void peer_tick(struct conn *c) {
+    static const char ping[PACKET_HEAD] = {[3] = PACKET_HEAD, [4] = (char)WORKER_PING, [21] = PLAIN_TEXT};
     struct peer *peer = c->state;
     if (c->deadline_ms != 0 && now.ms >= c->deadline_ms) conn_close(c, "too slow");
     bool stuck = c->out.len > OUT_HIGH && !peer->worker;   /* it does not read its answers */
@@ -5678,8 +5679,7 @@ static void peer_tick(struct conn *c) {
     if (!stuck && peer->known && c->in.len == 0) c->deadline_ms = 0;
     if (peer->ping_ms == 0 || now.ms < peer->ping_ms) return;
     peer->ping_ms = now.ms + PEER_PING_MS;
-    buf_be(&c->out, PACKET_HEAD, 4), buf_be(&c->out, WORKER_PING, 1);
-    buf_be(&c->out, 0, 8), buf_be(&c->out, 0, 8), buf_be(&c->out, PLAIN_TEXT, 1), buf_be(&c->out, 0, 6);
+    buf_add(&c->out, (slice){ping, sizeof ping});
     conn_touch(c);
 }
 
@@ -6019,12 +6019,9 @@ static void gateway_leave(struct client *cl, struct member *m) {
     } else room_leave(m);
 }
 
-/* Does what has no answer. `cl` is NULL if there is no such client: then nothing is done to it. */
+/* Does what is about one client. */
 static void gateway_do(const struct packet *p, struct client *cl) {
-    struct room *r = p->cmd == UNGROUP || p->cmd == LEAVE_GROUP ? room_find(S("rooms/"), p->ext) : NULL;
-    if (p->cmd == SEND_TO_ALL || p->cmd == SEND_TO_UID || p->cmd == SEND_TO_GROUP) gateway_send(p);
-    while (p->cmd == UNGROUP && r != NULL && r->first != NULL) gateway_leave(r->first->c->state, r->first);
-    if (cl == NULL) return;
+    struct room *r = p->cmd == LEAVE_GROUP ? room_find(S("rooms/"), p->ext) : NULL;
     struct member *m = r != NULL ? room_member(r, cl->c) : NULL;
     switch (p->cmd) {
     case SEND_TO_ONE: gateway_tell(p, cl); break;
@@ -6119,11 +6116,16 @@ static void reply_rooms(struct buf *b) {
     php_array(b, start, n);
 }
 
-/* Answers what has an answer, also if there is no such client: the library would wait for it for
- * ever. False: it has none. */
+/* Does what a packet says. If it asks something, the answer is appended, also if there is no such
+ * client (NULL): the library would wait for it for ever. False: it has none. */
 static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b) {
+    struct room *r = p->cmd == UNGROUP ? room_find(S("rooms/"), p->ext) : NULL;
     struct set all = set_new();
     switch (p->cmd) {
+    case SEND_TO_ALL: case SEND_TO_UID: case SEND_TO_GROUP: gateway_send(p); return false;
+    case UNGROUP:
+        while (r != NULL && r->first != NULL) gateway_leave(r->first->c->state, r->first);
+        return false;
     case GET_ALL_CLIENT_SESSIONS: case GET_CLIENT_ID_BY_UID: case GET_CLIENT_SESSIONS_BY_GROUP: case SELECT:
         reply_clients(b, p);
         return true;
@@ -6138,7 +6140,9 @@ static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b
         if (cl != NULL) buf_add(b, session_get(cl));
         if (b->len == 0) buf_add(b, cl != NULL ? S("a:0:{}") : S("N;"));
         return true;
-    default: return false;
+    default:
+        if (cl != NULL) gateway_do(p, cl);
+        return false;
     }
 }
 
@@ -6283,20 +6287,6 @@ static bool gateway_greet(struct conn *c, const struct packet *p) {
     return true;
 }
 
-/* Does what a packet says. A reply has no head but its length. */
-static void gateway_command(struct conn *c, const struct packet *p) {
-    struct client *cl = gateway_client(p->number);
-    struct buf reply = {0};
-    if (!gateway_ask(p, cl, &reply)) gateway_do(p, cl);
-    else if (reply.len > ANSWER_MAX) conn_close(c, "it asked for too much");
-    else {
-        buf_be(&c->out, reply.len, 4);
-        buf_add(&c->out, buf_slice(&reply));
-        conn_touch(c);
-    }
-    buf_free(&reply);
-    buf_free(&backend.json);   /* may be large */
-}
 
 /* `feed` of the gateway. ext_data that would end behind the packet ends with it. */
 static ssize_t gateway_feed(struct conn *c, char *p, size_t n) {
@@ -6305,13 +6295,18 @@ static ssize_t gateway_feed(struct conn *c, char *p, size_t n) {
     if (len < PACKET_HEAD || len > (peer->known ? PACKET_MAX : STRANGER_BYTES))
         return conn_close(c, "no packet has this length"), -1;
     if (n < len) return peer_wait(c);
-    uint32_t ext = be32(p + 24), all = len - PACKET_HEAD;
     struct packet packet = {.cmd = (unsigned char)p[4], .flag = p[21], .number = be32(p + 17)};
+    struct buf reply = {0};
+    uint32_t ext = be32(p + 24), all = len - PACKET_HEAD;
     packet.ext = (slice){p + PACKET_HEAD, ext < all ? ext : all};
     packet.body = (slice){p + PACKET_HEAD + packet.ext.len, all - packet.ext.len};
     if (!gateway_greet(c, &packet)) return conn_close(c, "wrong secret key"), -1;
     c->deadline_ms = 0;
-    gateway_command(c, &packet);
+    bool asked = gateway_ask(&packet, gateway_client(packet.number), &reply);
+    if (reply.len > ANSWER_MAX) conn_close(c, "it asked for too much");
+    else if (asked) buf_be(&c->out, reply.len, 4), buf_add(&c->out, buf_slice(&reply)), conn_touch(c);
+    buf_free(&reply);
+    buf_free(&backend.json);   /* may be large */
     return c->closing ? -1 : (ssize_t)len;
 }
 
