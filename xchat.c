@@ -138,7 +138,7 @@ static void memory_trim(void) {}
 /* The limits a user may set: chapter 13 fills them in before anything else runs,
  * the others only read them. */
 static struct {
-    uint32_t port, max_message, max_head, max_clients, max_per_address, max_rooms;
+    uint32_t port, max_message, max_head, max_clients, max_per_address, max_rooms, version, help;
     uint32_t rate, burst, backlog, ping_s, timeout_s, retain, segment, fsync, verbose, apns_format, check;
     const char *data, *tls_cert, *tls_key;
     const char *apns, *apns_cert, *apns_key, *apns_key_id, *apns_team_id, *apns_topic, *apns_ca;
@@ -1621,7 +1621,7 @@ struct request {
 
 struct site {   /* what a listener serves: its `state`, and that of its HTTP connections */
     void (*request)(struct conn *c, const struct request *q);   /* answers by http_reply() */
-    void (*upgraded)(struct conn *c, const struct request *q);   /* sets proto, and a state: first a struct ws */
+    void (*upgraded)(struct conn *c, const struct request *q);   /* or NULL; sets proto, and a state: first struct ws */
     int64_t body;   /* how long that of a request may be */
     bool (*allowed)(struct conn *c, struct request *q);   /* or NULL; false: it has been answered */
 };
@@ -1871,6 +1871,7 @@ static int ws_upgrade(struct conn *c, const struct request *q) {
         return http_refuse(c, "426 Upgrade Required",
                            S(PLAIN "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"), "wrong version\n");
     if (!key_ok) return http_refuse(c, "400 Bad Request", S(PLAIN), "Sec-WebSocket-Key: 16 bytes in base64\n");
+    if (site->upgraded == NULL) return http_refuse(c, "400 Bad Request", S(PLAIN), "there is no WebSocket here\n");
     if (!http_welcome(c, q)) return http_refuse(c, "403 Forbidden", S(PLAIN), "a page not of --origin asks\n");
     memcpy(text, key.p, 24);
     memcpy(text + 24, "258EAFA5-E914-47DA-95CA-C5AB0DC85B11", 36);
@@ -7084,12 +7085,7 @@ static void admin_request(struct conn *c, const struct request *q) {
     buf_free(&figures);
 }
 
-static void admin_upgraded(struct conn *c, const struct request *q) {
-    (void)q;
-    conn_close(c, "there is no WebSocket here");
-}
-
-static const struct site admin_site = {admin_request, admin_upgraded, API_BYTES, api_allowed};
+static const struct site admin_site = {admin_request, NULL, API_BYTES, api_allowed};
 
 /* ==========================================================================
  * 13. Main
@@ -7130,12 +7126,6 @@ static const char *take_bind(const char *value) {
     return NULL;
 }
 
-static const char *take_version(const char *value) {
-    puts("xchat 0.1");
-    exit(value != NULL);
-}
-
-static const char *take_help(const char *value);   /* prints the table it is in */
 
 static struct option {
     const char *name, *arg;                   /* arg: what stands behind it; NULL: nothing */
@@ -7188,13 +7178,13 @@ static struct option {
     {"chroot", "DIR", 0, NULL, 0, 0, 0, NULL, &opt.chroot, "then see no other files"},
     {"check", NULL, 0, &opt.check, 0, 1, 0, NULL, NULL, "try all this, say how much memory it may take, and end"},
     {"verbose", NULL, 'v', &opt.verbose, 0, 1, 0, NULL, NULL, "log every connection"},
-    {"version", NULL, 'V', NULL, 0, 0, 0, take_version, NULL, "print the version"},
-    {"help", NULL, 'h', NULL, 0, 0, 0, take_help, NULL, "print this"},
+    {"version", NULL, 'V', &opt.version, 0, 1, 0, NULL, NULL, "print the version"},
+    {"help", NULL, 'h', &opt.help, 0, 1, 0, NULL, NULL, "print this"},
 };
 
 enum { N_OPTIONS = sizeof options / sizeof *options };
 
-static const char *take_help(const char *value) {
+static void options_print(void) {
     puts("xchat: a small chat server. Once it runs, open http://localhost:7272/\n\n"
          "Options (or environment: --max-head is XCHAT_MAX_HEAD there):");
     for (const struct option *o = options; o < options + N_OPTIONS; o++) {
@@ -7205,7 +7195,6 @@ static const char *take_help(const char *value) {
         putchar('\n');
     }
     puts("\nExamples:\n  xchat --port 8080\n  xchat --bind unix:/run/xchat.sock --trust-proxy 127.0.0.1");
-    exit(value != NULL);
 }
 
 static void option_set(struct option *o, const char *value) {
@@ -7248,14 +7237,15 @@ static void options_read(int argc, char **argv) {
     for (struct option *o = options; o < options + N_OPTIONS; o++)
         if (o->number != NULL) *o->number = o->initial;
     for (int i = 1; i < argc;) i += option_read(argc, argv, i);
+    if (opt.help) options_print(), exit(0);
+    if (opt.version) puts("xchat 0.1"), exit(0);
     for (struct option *o = options; o < options + N_OPTIONS; o++) {
         char name[40];
         int n = snprintf(name, sizeof name, "XCHAT_%s", o->name);
         for (int i = 0; i < n; i++) name[i] = name[i] == '-' ? '_' : upper(name[i]);
         const char *value = getenv(name);
         bool flag = o->arg == NULL;   /* set by any value but 0 */
-        bool given = (mains.given >> (o - options) & 1) != 0;
-        if (value == NULL || given || (flag && (o->number == NULL || strcmp(value, "0") == 0))) continue;
+        if (value == NULL || (mains.given >> (o - options) & 1) != 0 || (flag && strcmp(value, "0") == 0)) continue;
         option_set(o, flag ? NULL : value);
     }
 }
@@ -7283,8 +7273,8 @@ static struct conn *listen_on(const char *option, const char *spec, const struct
     if (tls && opt.tls_cert == NULL) usage("%s: '%s' needs --tls-cert", option, spec);
     tls = opt.tls_cert != NULL && !plain && web;
     bool local = slice_starts(host, S("unix:")) && web, bracket = slice_starts(host, S("["));
-    const char *colon = strchr(host.p, ':'), *why;
-    char name[108] = "";
+    const char *colon = strchr(host.p, ':');
+    char name[108] = "", label[16] = "";
     if (local) host = slice_cut(host, 5);
     else if (bracket) port = slice_cut(host, 1), host = slice_split(&port, ']');
     else if (colon != NULL && colon == strrchr(colon, ':')) port = slice_of(colon), host.len -= port.len;
@@ -7302,11 +7292,10 @@ static struct conn *listen_on(const char *option, const char *spec, const struct
     if (state != &page_site && !here && key == NULL)
         usage("%s: '%s' is not of this machine (127.0.0.1, ::1...): that needs %s", option, spec,
               web ? "--admin-key-file" : "--gateway-key-file");
-    uint32_t before = loop.n;
-    char label[16] = "";
     if (state != &page_site) snprintf(label, sizeof label, " (%s)", option + 2);
-    if (local) why = listen_unix(name, proto, state, label);
-    else why = listen_tcp(name, (uint16_t)number, tls, proto, state, label);
+    uint32_t before = loop.n;
+    const char *why = local ? listen_unix(name, proto, state, label) :
+                      listen_tcp(name, (uint16_t)number, tls, proto, state, label);
     if (why != NULL) die("%s %s, --port %u: %s", option, spec != NULL ? spec : "(all)", opt.port, why);
     return loop.conn[before];
 }
@@ -7494,9 +7483,15 @@ static void check_memory(void) {
     printf("%12.1f MiB  in all, with 16 for the program\n", all);
 }
 
+/* Of those ignored, write() says two as well; and who looks up a name is not waited for. */
+static void signals_set(void) {
+    static const int ignored[] = {SIGPIPE, SIGXFSZ, SIGCHLD};
+    struct sigaction stop = {.sa_handler = loop_signal}, hangup = {.sa_handler = loop_hangup};
+    sigaction(SIGTERM, &stop, NULL), sigaction(SIGINT, &stop, NULL), sigaction(SIGHUP, &hangup, NULL);
+    for (int i = 0; i < 3; i++) sigaction(ignored[i], &(struct sigaction){.sa_handler = SIG_IGN}, NULL);
+}
+
 int main(int argc, char **argv) {
-    struct sigaction stop = {.sa_handler = loop_signal}, ignore = {.sa_handler = SIG_IGN};
-    struct sigaction hangup = {.sa_handler = loop_hangup};
     int fd = open("/dev/null", O_RDWR);   /* if stderr is closed, no socket must take its place */
     while (fd >= 0 && fd < 3) fd = open("/dev/null", O_RDWR);
     close(fd);
@@ -7523,12 +7518,7 @@ int main(int argc, char **argv) {
     rooms.said = opt.apns != NULL ? push_said : NULL;
     loop.tick = main_tick;
     page_init();
-    sigaction(SIGTERM, &stop, NULL);
-    sigaction(SIGINT, &stop, NULL);
-    sigaction(SIGPIPE, &ignore, NULL);
-    sigaction(SIGXFSZ, &ignore, NULL);   /* write() says it too */
-    sigaction(SIGHUP, &hangup, NULL);
-    sigaction(SIGCHLD, &ignore, NULL);   /* who looks up a name is not waited for */
+    signals_set();
     if (opt.push_test != NULL) return push_try(), 1;
     if (listen_given() == 0) {
         if (mains.n_binds == 0) listen_on("--bind", NULL, &http_listener, &page_site);
@@ -7536,9 +7526,7 @@ int main(int argc, char **argv) {
     }
     if (opt.admin != NULL) listen_on("--admin", opt.admin, &http_listener, &admin_site);
     if (opt.reg != NULL) listen_on("--register", opt.reg, &backend_listener, &register_proto);
-    static const uint8_t here[16] = {[12] = 127, [15] = 1};
-    struct addr chat_at = loop.conn[0]->peer, id = {.port = chat_at.port};
-    memcpy(id.ip, here, sizeof here);
+    struct addr chat_at = loop.conn[0]->peer, id = {.ip = {[12] = 127, [15] = 1}, .port = chat_at.port};
     if (opt.gateway != NULL) id = listen_on("--gateway", opt.gateway, &backend_listener, &gateway_proto)->peer;
     backend_init(id.ip + 12, id.port, chat_at.port);
     if (opt.check) loop.tick = NULL, loop_signal(0), loop_run();   /* gives the ports back, removes their files */

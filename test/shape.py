@@ -21,7 +21,6 @@ COMMENTS = 1 / 5                             # share of lines that carry comment
 
 # Functions and structs that are declared before they are defined, and why.
 FORWARD = {
-    "take_help": "it prints the table of options that names it",
     "conn": "struct proto and struct conn point at each other",
     "member": "a connection points at its rooms, which are a later chapter",
 }
