@@ -6389,7 +6389,6 @@ static struct {
     bool given[API_FIELDS];
     slice raw;                         /* the message, if it is a JSON array or object */
     struct secret key;
-    struct buf name;                   /* of a field */
     struct buf json;                   /* the answer being written; empty between requests */
 } api;
 
@@ -6496,9 +6495,11 @@ static bool api_read_json(slice body) {
     for (int i = 0; i < API_FIELDS; i++) f[i] = (struct json_field){.name = api_names[i]};
     const char *why = json_pick(body, f, API_FIELDS, &at);
     if (why != NULL) return api_fail(BAD, "bad_request", "byte %zu: %s", at, why);
+    api.raw = S("");
     for (int i = 0; i < API_FIELDS; i++) {
         slice raw = f[i].raw;
         api.given[i] = raw.p != NULL && *raw.p != 'n';   /* null is as good as nothing */
+        buf_clear(&api.value[i]);
         if (json_text(raw, &api.value[i])) continue;
         if (i != A_MESSAGE || (*raw.p != '{' && *raw.p != '[')) return api_bad("%s must be text", api_names[i]);
         api.raw = raw;
@@ -6506,28 +6507,23 @@ static bool api_read_json(slice body) {
     return true;
 }
 
-/* Reads the fields of the request: of its query if it is a GET, else of its body. False, after an
- * answer: they cannot be read. */
+/* Reads the fields of the request: of its query if it is a GET, else of its body. A form is written
+ * as JSON first. False, after an answer: they cannot be read. */
 static bool api_read(void) {
-    slice body = api.q->body, rest = api.q->query;
-    struct buf value = {0};
+    struct buf json = {0}, name = {0}, value = {0};
     bool post = slice_eq(api.q->method, S("POST"));
-    for (int i = 0; i < API_FIELDS; i++) api.given[i] = false, buf_clear(&api.value[i]);
-    api.raw = S("");
-    bool form = slice_eqcase(api_type(api.q), S("application/x-www-form-urlencoded"));
-    if (post && (!form || slice_starts(body, S("{")))) return api_read_json(body);   /* curl calls all a form */
-    if (post) rest = body;
-    while (form_each(&rest, '&', &api.name, &value))
-        for (int i = 0; i < API_FIELDS; i++) {
-            if (!slice_eq(buf_slice(&api.name), slice_of(api_names[i]))) continue;
-            buf_clear(&api.value[i]);
-            buf_add(&api.value[i], buf_slice(&value));
-            api.given[i] = true;
-        }
-    buf_free(&value);
-    for (int i = 0; i < API_FIELDS; i++)
-        if (!utf8_valid(buf_slice(&api.value[i]))) return api_bad("%s is not UTF-8", api_names[i]);
-    return true;
+    bool form = !post || slice_eqcase(api_type(api.q), S("application/x-www-form-urlencoded"));
+    slice rest = post ? api.q->body : api.q->query;
+    if (!form || (post && slice_starts(rest, S("{")))) return api_read_json(rest);   /* curl calls all a form */
+    buf_addc(&json, '{');
+    while (form_each(&rest, '&', &name, &value)) {
+        json_comma(&json), json_quote(&json, buf_slice(&name));
+        buf_addc(&json, ':'), json_quote(&json, buf_slice(&value));
+    }
+    buf_addc(&json, '}');
+    bool ok = api_read_json(buf_slice(&json));
+    buf_free(&json), buf_free(&name), buf_free(&value);
+    return ok;
 }
 
 /* The client that was asked for; NULL after an answer. */
@@ -6580,9 +6576,7 @@ static bool api_send(void) {
     if (!chat_announce(r, cl, name, api_value(A_MESSAGE), id))
         return api_fail(UNAVAILABLE, "storage", "the message could not be stored, and nobody got it");
     if (cl != NULL) return api_done("sent", 1);
-    buf_add(&api.json, S("{\"ok\":true"));
-    json_add(&api.json, "id", slice_of(id));
-    buf_addc(&api.json, '}');
+    buf_printf(&api.json, "{\"ok\":true,\"id\":\"%s\"}", id);
     return api_reply("200 OK", "");
 }
 
