@@ -5712,10 +5712,7 @@ static void register_broadcast(void) {
 }
 
 /* The address of a peer, without its port. */
-static slice peer_ip(const struct addr *a) {
-    const char *text = addr_text(a), *colon = strrchr(text, ':');
-    return (slice){text, colon != NULL ? (size_t)(colon - text) : 0};
-}
+static slice peer_ip(const struct addr *a) { return http_name(slice_of(addr_text(a))); }
 
 /* A whole line. NULL, or why the connection ends. A ping needs no secret, and any line stops the
  * clock that runs against strangers: so it always was. */
@@ -5796,9 +5793,9 @@ static void join_opened(struct conn *c, const char *why) {
     buf_add(&c->out, S("}\n"));
 }
 
-/* A second has passed at the gateway's listener. */
+/* A second has passed. */
 static void join_tick(void) {
-    if (opt.join == NULL || now.ms < backend.join_ms || backend.join.busy || loop_stopping()) return;
+    if (now.ms < backend.join_ms || backend.join.busy || loop_stopping()) return;
     backend.join_ms = now.ms + (backend.joined != NULL ? PEER_PING_MS : REJOIN_MS);
     if (backend.joined == NULL) {
         dial(&backend.join);
@@ -6315,14 +6312,9 @@ static const struct proto gateway_proto = {
     .name = "gateway", .feed = gateway_feed, .tick = peer_tick, .closed = backend_closed,
 };
 
-/* A second has passed at the listener. */
-static void backend_tick(struct conn *l) {
-    conn_touch(l);
-    if (l->state == &gateway_proto) join_tick();
-}
 
 static const struct proto backend_listener = {
-    .name = "listener", .accepted = peer_accepted, .tick = backend_tick, .closed = listener_closed,
+    .name = "listener", .accepted = peer_accepted, .tick = conn_touch, .closed = listener_closed,
 };
 
 /* Reads the secret, at the start and at SIGHUP. False, after a line in the log: it stays as it was. */
@@ -7426,6 +7418,7 @@ static void notify_open(void) {
 /* `tick` of the loop: as long as it runs, we are well. */
 static void main_tick(void) {
     if (opt.apns != NULL) push_tick();
+    if (opt.join != NULL) join_tick();
     if (loop.freed >= FREED_MANY) loop.freed = 0, memory_trim();
     if (loop_stopping() && !mains.stopping) mains.stopping = true, notify("STOPPING=1");
     if (mains.watchdog_ms == 0 || now.ms < mains.alive_ms) return;
