@@ -5393,10 +5393,9 @@ struct php_walk {    /* through a value, and all that is in it */
 
 /* An integer of PHP has at most 19 digits. */
 static bool php_digits(slice s) {
-    if (slice_starts(s, S("-"))) s = slice_cut(s, 1);
-    size_t n = 0;
-    while (n < s.len && s.p[n] >= '0' && s.p[n] <= '9') n++;
-    return n > 0 && n <= 19 && n == s.len;
+    struct json j = {s, NULL};
+    json_skip(&j, "-", 1);
+    return json_skip(&j, "0123456789", 19) > 0 && j.rest.len == 0;
 }
 
 /* A float that JSON has as well; it has no INF and NAN. */
@@ -5459,18 +5458,20 @@ static bool php_next(struct php_walk *w, struct php *v) {
     return true;
 }
 
-/* Takes a whole value off the front. False: there is none, or one with objects that are not wanted. */
-static bool php_take(slice *s, bool objects) {
+/* Takes a whole value off the front, as it is written. Empty: there is none, or one with objects that
+ * are not wanted. */
+static slice php_take(slice *s, bool objects) {
     struct php_walk w = {.rest = *s, .left = {1}};
     struct php v;
     while (php_next(&w, &v))
-        if (v.type == 'O' && !objects) return false;
-    *s = w.rest;
-    return w.depth == 0 && w.left[0] == 0;
+        if (v.type == 'O' && !objects) return S("");
+    slice value = slice_take(*s, w.depth == 0 && w.left[0] == 0 ? s->len - w.rest.len : 0);
+    *s = slice_cut(*s, value.len);
+    return value;
 }
 
 /* Is this one value, and nothing behind it? */
-static bool php_valid(slice s, bool objects) { return php_take(&s, objects) && s.len == 0; }
+static bool php_valid(slice s, bool objects) { return php_take(&s, objects).len > 0 && s.len == 0; }
 
 /* What is inside the brackets of an array that was checked; nothing, if it is none. */
 static slice php_inside(slice array) {
@@ -5481,13 +5482,9 @@ static slice php_inside(slice array) {
 
 /* Takes a pair off what php_inside() returned: key and value as they are written. False: there is none. */
 static bool php_each(slice *rest, slice *key, slice *value) {
-    *key = *rest;
-    if (!php_take(rest, true)) return false;
-    key->len -= rest->len;
-    *value = *rest;
-    bool ok = php_take(rest, true);
-    value->len -= rest->len;
-    return ok;
+    *key = php_take(rest, true);
+    *value = php_take(rest, true);
+    return value->len > 0;
 }
 
 /* The value of this key (as it is written) among such pairs; empty: there is none. It is looked
@@ -5503,10 +5500,10 @@ static slice php_find(slice pairs, slice key, slice *next) {
 /* Is this the inside of a list, with the keys 0, 1, 2...? */
 static bool php_is_list(slice rest, int64_t pairs) {
     struct php key;
-    for (int64_t i = 0; i < pairs; i++)
-        if (!php_read(&rest, &key) || key.type != 'i' || slice_number(key.text, 10) != i || !php_take(&rest, true))
-            return false;
-    return true;
+    int64_t i = 0;
+    while (i < pairs && php_read(&rest, &key) && key.type == 'i' && slice_number(key.text, 10) == i &&
+           php_take(&rest, true).len > 0) i++;
+    return i == pairs;
 }
 
 /* ---- Writing them. ---- */
@@ -6211,7 +6208,6 @@ static void php_form(struct buf *b, slice rest, char mark) {
 
 /* Writes what PHP has in $_GET, $_SERVER and $_COOKIE after this request. */
 static void worker_request(struct buf *b, const struct client *cl, const struct request *q) {
-    struct buf name = {0};
     slice cookies = S("");
     php_string(b, S("get"));
     php_form(b, q->query, '&');
@@ -6229,17 +6225,15 @@ static void worker_request(struct buf *b, const struct client *cl, const struct 
         slice value = slice_split(&rest, '\n'), header = slice_split(&value, ':');
         value = slice_trim(slice_take(value, value.len - 1));
         if (slice_eqcase(header, S("Cookie"))) cookies = value;
-        buf_clear(&name);
-        buf_add(&name, S("HTTP_"));
-        for (size_t i = 0; i < header.len; i++) buf_addc(&name, header.p[i] == '-' ? '_' : upper(header.p[i]));
-        php_string(b, buf_slice(&name));
+        buf_printf(b, "s:%zu:\"HTTP_", 5 + header.len);
+        for (size_t i = 0; i < header.len; i++) buf_addc(b, header.p[i] == '-' ? '_' : upper(header.p[i]));
+        buf_add(b, S("\";"));
         php_string(b, value);
     }
     php_array(b, start, n);
     php_string(b, S("cookie"));
     php_form(b, cookies, ';');
     php_array(b, 0, 3);
-    buf_free(&name);
 }
 
 /* `greet` of the chat: a new client, which a worker takes if there is one. To a worker it is news
