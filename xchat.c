@@ -5860,9 +5860,9 @@ static void session_set(struct client *cl, slice session) {
 }
 
 /* UPDATE_SESSION and SET_SESSION: merges one into it, or replaces it, if it can be one. A text
- * without any ':' is kept as well: PHP programs put such things there, and get them back. An
- * object would be made by unserialize() in whoever asks for the session: only those who have
- * shown a secret may store one. */
+ * without any ':', and none at all, is kept as well: PHP programs put such things there, and get
+ * them back. An object would be made by unserialize() in whoever asks for the session: only those
+ * who have shown a secret may store one. */
 static void session_order(struct client *cl, slice session, bool update) {
     bool objects = backend.key.len > 0, plain = !update && memchr(session.p, ':', session.len) == NULL;
     slice old = update ? session_get(cl) : S("");
@@ -5871,7 +5871,7 @@ static void session_order(struct client *cl, slice session, bool update) {
         log_warn("gateway: a session is refused: it is too long, no PHP value, or has objects in it");
         return;
     }
-    bool arrays = *session.p == 'a' && slice_starts(old, S("a:"));
+    bool arrays = slice_starts(old, S("a:")) && *session.p == 'a';
     bool fits = !arrays || (php_merge(old, session, &merged) && merged.len <= SESSION_MAX);
     if (!fits) log_warn("gateway: a session would have over %d bytes, or %d values", SESSION_MAX, PAIRS_MAX);
     else if (arrays || old.len == 0) session_set(cl, arrays ? buf_slice(&merged) : session);
@@ -6016,8 +6016,8 @@ static void gateway_leave(struct client *cl, struct member *m) {
 
 /* Does what is about one client. */
 static void gateway_do(const struct packet *p, struct client *cl) {
-    struct room *r = p->cmd == LEAVE_GROUP ? room_find(S("rooms/"), p->ext) : NULL;
-    struct member *m = r != NULL ? room_member(r, cl->c) : NULL;
+    struct room *r;
+    struct member *m;
     switch (p->cmd) {
     case SEND_TO_ONE: gateway_tell(p, cl); break;
     case KICK:   /* closeClient() without a message has null there */
@@ -6025,12 +6025,12 @@ static void gateway_do(const struct packet *p, struct client *cl) {
         ws_close(cl->c, WS_KICKED, "kicked by the back end");
         break;
     case DESTROY: conn_lost(cl->c, "destroyed by the back end"); break;
-    case UPDATE_SESSION: session_order(cl, p->ext, true); break;
-    case SET_SESSION: p->ext.len > 0 ? session_order(cl, p->ext, false) : session_set(cl, p->ext); break;
+    case UPDATE_SESSION: case SET_SESSION: session_order(cl, p->ext, p->cmd == UPDATE_SESSION); break;
     case BIND_UID: if (name_ok(p->ext)) client_identify(cl, p->ext); break;
     case UNBIND_UID: client_identify(cl, S("")); break;
     case JOIN_GROUP: if ((r = group_open(p->ext)) != NULL) client_join(cl, r, KEPT_ROOMS); break;
-    case LEAVE_GROUP: if (m != NULL) gateway_leave(cl, m);
+    case LEAVE_GROUP:
+        if ((r = room_find(S("rooms/"), p->ext)) != NULL && (m = room_member(r, cl->c)) != NULL) gateway_leave(cl, m);
     }
 }
 
