@@ -5610,7 +5610,6 @@ static bool php_merge(slice old, slice add, struct buf *b) {
 static struct {
     struct secret key;
     struct peer *peers;        /* all, the oldest first */
-    uint32_t n_peers;
     uint32_t mark;             /* of the newest set of clients */
     struct conn *joined;       /* our connection to another register, or NULL */
     struct dial join;
@@ -5643,9 +5642,10 @@ static void peer_accepted(struct conn *l, struct conn *c) {
     peer->gateway = strcmp(c->proto->name, "gateway") == 0;
     peer->known = peer->gateway && backend.key.len == 0;
     c->deadline_ms = peer->known ? 0 : now.ms + STRANGER_MS;
-    while (*at != NULL) at = &(*at)->next;
+    uint32_t older = 0;
+    for (; *at != NULL; at = &(*at)->next) older++;
     *at = peer;
-    if (++backend.n_peers <= PEERS_MAX) return;
+    if (older < PEERS_MAX) return;
     struct peer *stranger = backend.peers;   /* the oldest goes, or else the newcomer */
     while (stranger->next != NULL && (stranger->known || stranger->c->closing)) stranger = stranger->next;
     conn_lost(stranger->c, "too many connections of back ends");
@@ -5753,7 +5753,6 @@ static void backend_closed(struct conn *c) {
         if (cl->worker == peer) cl->worker = NULL;
     while (*at != peer) at = &(*at)->next;
     *at = peer->next;
-    backend.n_peers--;
     buf_free(&peer->name);
     free(peer);
     c->state = NULL;
@@ -5790,7 +5789,6 @@ static void join_opened(struct conn *c, const char *why) {
     buf_add(&c->out, S("}\n"));
 }
 
-/* A second has passed. */
 static void join_tick(void) {
     if (now.ms < backend.join_ms || backend.join.busy || loop_stopping()) return;
     backend.join_ms = now.ms + (backend.joined != NULL ? PEER_PING_MS : REJOIN_MS);
@@ -5888,7 +5886,6 @@ struct set {
     uint32_t mark;   /* of who was ever added */
 };
 
-/* An empty one. */
 static struct set set_new(void) { return (struct set){.mark = ++backend.mark}; }
 
 /* Adds a client, unless that is NULL, going, or was added before. */
@@ -6311,7 +6308,7 @@ static const struct proto backend_listener = {
     .name = "listener", .accepted = peer_accepted, .tick = conn_touch, .closed = listener_closed,
 };
 
-/* Reads the secret, at the start and at SIGHUP. False, after a line in the log: it stays as it was. */
+/* Reads the secret, at the start and at SIGHUP: secret_load(). */
 static bool backend_load(void) {
     backend.key.file = opt.gateway_key_file;
     return secret_load("--gateway-key-file", &backend.key, 1);
@@ -6426,7 +6423,7 @@ static bool api_done(const char *what, size_t n) {
 
 /* ---- Who may ask. ---- */
 
-/* Reads the secret, at the start and at SIGHUP. False, after a line in the log: it stays as it was. */
+/* Reads the secret, at the start and at SIGHUP: secret_load(). */
 static bool api_load(void) {
     api.key.file = opt.admin_key_file;
     return secret_load("--admin-key-file", &api.key, 1);
