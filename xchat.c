@@ -5807,12 +5807,10 @@ static bool name_ok(slice s) {
     return s.len > 0 && s.len <= ROOM_MAX_BYTES && !slice_eq(s, S("0")) && utf8_valid(s) && is_text(s, ' ', ' ');
 }
 
-/* The session is this from now on. */
+/* The session is this from now on; it is no part of the old one. */
 static void session_keep(struct client *cl, slice session) {
-    struct buf copy = {0};
-    buf_add(&copy, session);
     buf_free(&cl->session);
-    cl->session = copy;
+    buf_add(&cl->session, session);
     cl->newer = false;
 }
 
@@ -6387,11 +6385,10 @@ static slice api_value(enum api_field field) { return buf_slice(&api.value[field
 
 /* Answers with what api.json holds. */
 static bool api_reply(const char *status, const char *more_headers) {
-    struct buf headers = {0};
-    buf_printf(&headers, "Content-Type: application/json\r\nCache-Control: no-store\r\n%s", more_headers);
+    char headers[128];
+    snprintf(headers, sizeof headers, "Content-Type: application/json\r\nCache-Control: no-store\r\n%s", more_headers);
     buf_addc(&api.json, '\n');
-    http_reply(api.c, api.q, status, buf_slice(&headers), buf_slice(&api.json));
-    buf_free(&headers);
+    http_reply(api.c, api.q, status, slice_of(headers), buf_slice(&api.json));
     buf_free(&api.json);   /* it may be long */
     return true;
 }
