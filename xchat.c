@@ -4858,8 +4858,10 @@ static const char *pass_name(uint32_t i) { return i < chat.n_secrets ? chat.secr
 
 /* Reads the secrets. False, after a line in the log: one stays as it was. */
 static bool pass_load(void) {
-    bool first = secret_load("--jwt-secret-file", &chat.secrets[0], SECRET_MIN);
-    return secret_load("--jwt-secret-file", &chat.secrets[1], SECRET_MIN) && first;
+    bool ok = true;
+    for (uint32_t i = 0; pass_name(i) != NULL; i++)
+        ok &= secret_load("--jwt-secret-file", &chat.secrets[i], SECRET_MIN);
+    return ok;
 }
 
 /* Appends the signature of what is there. */
@@ -7178,9 +7180,8 @@ static void option_set(struct option *o, const char *value) {
     if (o->number != NULL && (number < o->min || number > o->max))
         usage("--%s: '%s' is not a number from %u to %u", o->name, value, o->min, o->max);
     if (o->number != NULL) *o->number = (uint32_t)number;
-    if (o->text != NULL && value != NULL && *value == '\0') usage("--%s: %s is missing", o->name, o->arg);
-    if (o->text != NULL && value != NULL && o->max > 0 && strlen(value) > o->max)
-        usage("--%s: longer than %u bytes", o->name, o->max);
+    if (o->text != NULL && *value == '\0') usage("--%s: %s is missing", o->name, o->arg);
+    if (o->text != NULL && o->max > 0 && strlen(value) > o->max) usage("--%s: over %u bytes", o->name, o->max);
     if (o->text != NULL) *o->text = value;
     mains.given |= (uint64_t)1 << (o - options);
 }
@@ -7495,10 +7496,9 @@ int main(int argc, char **argv) {
     page_init();
     signals_set();
     if (opt.push_test != NULL) return push_try(), 1;
-    if (listen_given() == 0) {
-        if (mains.n_binds == 0) listen_on("--bind", NULL, &http_listener, &page_site);
-        for (uint32_t i = 0; i < mains.n_binds; i++) listen_on("--bind", mains.binds[i], &http_listener, &page_site);
-    }
+    bool given = listen_given() > 0;
+    for (uint32_t i = 0; !given && (i == 0 || i < mains.n_binds); i++)   /* without --bind the first is NULL */
+        listen_on("--bind", mains.binds[i], &http_listener, &page_site);
     if (opt.admin != NULL) listen_on("--admin", opt.admin, &http_listener, &admin_site);
     if (opt.reg != NULL) listen_on("--register", opt.reg, &backend_listener, &register_proto);
     struct addr chat_at = loop.conn[0]->peer, id = {.ip = {[12] = 127, [15] = 1}, .port = chat_at.port};
