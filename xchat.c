@@ -7024,21 +7024,8 @@ static void page_init(void) {
     buf_add(&page.headers, S("\r\n"));
 }
 
-/* `request` of the chat's site. */
-static void page_request(struct conn *c, const struct request *q) {
-    if (!slice_eq(q->method, S("GET")) && !slice_eq(q->method, S("HEAD")))
-        http_reply(c, q, "405 Method Not Allowed", S(PLAIN "Allow: GET, HEAD\r\n"),
-                   S("only GET and HEAD are answered here\n"));
-    else if (slice_eq(q->path, S("/")))
-        http_reply(c, q, "200 OK", buf_slice(&page.headers), buf_slice(&page.html));
-    else if (slice_eq(q->path, S("/health"))) http_reply(c, q, "200 OK", S(PLAIN), S("ok\n"));
-    else http_reply(c, q, "404 Not Found", S(PLAIN), S("there is a page at / and nothing else\n"));
-}
-
-static const struct site page_site = {page_request, chat_upgraded, 0, NULL};
-
 /* All figures. Those of the process have the names that every program gives them. */
-static void admin_figures(struct buf *b) {
+static void page_figures(struct buf *b) {
     FILE *f = fopen("/proc/self/statm", "r");   /* on Linux, and not behind --chroot */
     long pages = 0;
     loop_figures(b), http_figures(b), history_figures(b), rooms_figures(b), chat_figures(b), push_metrics(b);
@@ -7049,19 +7036,26 @@ static void admin_figures(struct buf *b) {
     if (f != NULL) fclose(f);
 }
 
-/* The same for the administrator, at --admin. */
-static void admin_request(struct conn *c, const struct request *q) {
+/* `request` of both sites: that of the chat, and --admin, which has the figures and takes orders. */
+static void page_request(struct conn *c, const struct request *q) {
+    bool admin = ((const struct site *)c->state)->allowed != NULL;
     struct buf figures = {0};
-    if (api_request(c, q)) return;
-    bool wanted = slice_eq(q->path, S("/metrics")) &&
-                  (slice_eq(q->method, S("GET")) || slice_eq(q->method, S("HEAD")));
-    if (wanted) admin_figures(&figures);
-    if (wanted) http_reply(c, q, "200 OK", S("Content-Type: text/plain; version=0.0.4\r\n"), buf_slice(&figures));
-    else page_request(c, q);
-    buf_free(&figures);
+    if (admin && api_request(c, q)) return;
+    if (!slice_eq(q->method, S("GET")) && !slice_eq(q->method, S("HEAD")))
+        http_reply(c, q, "405 Method Not Allowed", S(PLAIN "Allow: GET, HEAD\r\n"),
+                   S("only GET and HEAD are answered here\n"));
+    else if (slice_eq(q->path, S("/")))
+        http_reply(c, q, "200 OK", buf_slice(&page.headers), buf_slice(&page.html));
+    else if (slice_eq(q->path, S("/health"))) http_reply(c, q, "200 OK", S(PLAIN), S("ok\n"));
+    else if (admin && slice_eq(q->path, S("/metrics"))) {
+        page_figures(&figures);
+        http_reply(c, q, "200 OK", S("Content-Type: text/plain; version=0.0.4\r\n"), buf_slice(&figures));
+        buf_free(&figures);
+    } else http_reply(c, q, "404 Not Found", S(PLAIN), S("there is a page at / and nothing else\n"));
 }
 
-static const struct site admin_site = {admin_request, NULL, API_BYTES, api_allowed};
+static const struct site page_site = {page_request, chat_upgraded, 0, NULL};
+static const struct site admin_site = {page_request, NULL, API_BYTES, api_allowed};
 
 /* ==========================================================================
  * 13. Main
