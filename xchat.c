@@ -4548,7 +4548,7 @@ enum field {
 };
 
 struct secret {
-    const char *file;
+    const char *file;   /* of --jwt-secret-file */
     size_t len;
     char text[SECRET_MAX];
 };
@@ -4831,17 +4831,17 @@ static bool secret_is(const struct secret *s, slice text) {
 
 /* Reads the file of an option, without its line end. If that is NULL there is nothing to do. False,
  * after a line in the log: the secret stays as it was. */
-static bool secret_load(const char *option, struct secret *s, size_t least) {
+static bool secret_load(const char *option, const char *file, struct secret *s, size_t least) {
     char text[SECRET_MAX + 3] = "";   /* with a line end, and one too many */
-    if (s->file == NULL) return true;
-    FILE *f = fopen(s->file, "r");
+    if (file == NULL) return true;
+    FILE *f = fopen(file, "r");
     size_t n = f != NULL && setvbuf(f, NULL, _IONBF, 0) == 0 ? fread(text, 1, sizeof text, f) : 0;
     const char *why = f == NULL || ferror(f) ? strerror(errno) : NULL;
     if (f != NULL) fclose(f);
     if (n > 0 && text[n - 1] == '\n') n -= n > 1 && text[n - 2] == '\r' ? 2 : 1;
     if (why == NULL && (n < least || n > SECRET_MAX)) why = "it is too short, or longer than 1024 bytes";
     if (why == NULL) memcpy(s->text, text, sizeof s->text), s->len = n;
-    else log_warn("%s %s: %s", option, s->file, why);
+    else log_warn("%s %s: %s", option, file, why);
     OPENSSL_cleanse(text, sizeof text);
     return why == NULL;
 }
@@ -4860,7 +4860,7 @@ static const char *pass_name(uint32_t i) { return i < chat.n_secrets ? chat.secr
 static bool pass_load(void) {
     bool ok = true;
     for (uint32_t i = 0; pass_name(i) != NULL; i++)
-        ok &= secret_load("--jwt-secret-file", &chat.secrets[i], SECRET_MIN);
+        ok &= secret_load("--jwt-secret-file", pass_name(i), &chat.secrets[i], SECRET_MIN);
     return ok;
 }
 
@@ -6309,10 +6309,7 @@ static const struct proto backend_listener = {
 };
 
 /* Reads the secret, at the start and at SIGHUP: secret_load(). */
-static bool backend_load(void) {
-    backend.key.file = opt.gateway_key_file;
-    return secret_load("--gateway-key-file", &backend.key, 1);
-}
+static bool backend_load(void) { return secret_load("--gateway-key-file", opt.gateway_key_file, &backend.key, 1); }
 
 /* Gets ready. The first two are the address of the gateway, or what stands for it; the last is the
  * port of the chat. A wrong --join ends the program. */
@@ -6423,10 +6420,7 @@ static bool api_done(const char *what, size_t n) {
 /* ---- Who may ask. ---- */
 
 /* Reads the secret, at the start and at SIGHUP: secret_load(). */
-static bool api_load(void) {
-    api.key.file = opt.admin_key_file;
-    return secret_load("--admin-key-file", &api.key, 1);
-}
+static bool api_load(void) { return secret_load("--admin-key-file", opt.admin_key_file, &api.key, 1); }
 
 /* Does a Host header name this machine, as only a program on it would? */
 static bool api_is_here(slice host) {
