@@ -53,7 +53,7 @@ What is tried, and where (FILE.CASE; without FILE it is in this one):
     30  damaged files, huge ones, two servers on one   history.damage_in_the_middle history.bad_tail
                                                        history.file_over_2_gib history.two_servers
     31  a clock that jumps                             clock_jumps
-    32  no descriptors, no memory                      no_memory server.descriptors_run_out history.few_descriptors
+    32  no descriptors, no memory                      faults.loop server.descriptors_run_out history.few_descriptors
                                                        server.one_address_takes_all_descriptors
     33  100,000 resets, accept() that fails, SIGPIPE   connect_and_reset accept_fails reset_while_being_written_to
                                                        server.harmless_signals
@@ -1200,43 +1200,14 @@ def accept_fails(name, number, times):
     """Those who wait come in as soon as accept() works again; those inside do not notice."""
     with faulty() as (s, faults):
         ann, bob = join(s, "room", "Ann", "Bob")
-        faults.set(accept_errno=number, accepts=times)
+        faults.fail("accept", number, times=times)
         late = Stream(s)
-        until(lambda: faults.accepts < times, "accept() is not intercepted")
+        until(lambda: faults.calls, "accept() is not intercepted")
         ann.say("hello")
         bob.expect("say")
         late.send(get("/health"))
         late.take_line_end(b"ok\n")
         check(s.log().count("accept: ") == (times == 1), s.log())
-
-
-@case()
-def no_memory():
-    """Whatever realloc() of a short session fails: the program ends with status 1 and a line that says why."""
-    if instrumented():
-        raise Skip("a sanitizer or valgrind has the memory")
-    n, ended = 1, True
-    while ended:
-        check(n < 400, "the session never ends")
-        with faulty() as (s, faults):
-            faults.allocate = n
-            with contextlib.suppress(AssertionError, OSError):
-                http = Http(s)
-                http.ask("/health")
-                ann, bob = join(s, "room", "Ann", "Bob")
-                ann.say("x" * 20000)
-                bob.send(frame(TEXT, '{"type":"ping",', fin=0) + frame(0, '"ref":"1"}'))
-                bob.expect("say")
-                bob.expect("pong")
-                ann.send_json(type="history")
-                ann.fence()
-            ended = faults.allocate == 0
-            faults.allocate = 0  # the end of the server is not part of it
-            if ended:
-                check(s.wait_end() == 1 and re.search(r"error out of memory \(\d+ bytes\)$", s.log()), n, s.log())
-                s.want_status, s.asked_to_stop = 1, True
-        n += 1
-    check(n > 20, "only", n, "were counted")
 
 
 if __name__ == "__main__":

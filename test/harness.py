@@ -281,8 +281,14 @@ class Server:
 class Faults:
     """The system under a server, to be broken: see fault.c for the words."""
 
-    WORDS = ["room", "write_errno", "sync_errno", "truncate_errno", "die", "writes", "syncs", "open_errno",
-             "later", "accept_errno", "accepts", "wall", "allocate"]
+    WORDS = ["room", "write_errno", "sync_errno", "truncate_errno", "die", "writes", "syncs", "later", "wall",
+             "call", "nth", "times", "how", "calls", "struck"]
+    CALLS = ["none", "malloc", "recv", "send", "file read", "file write", "log", "accept", "open", "fsync", "ftruncate",
+             "fstatat", "renameat", "mkdirat", "socket", "connect", "socketpair", "fork", "getsockname", "shutdown",
+             "fcntl", "epoll_create1", "epoll_ctl", "epoll_wait", "poll", "SSL_new", "SSL_CTX_new", "SSL_read",
+             "SSL_write", "SHA256", "RAND_bytes"]
+    CUT = -1    # an errno: one byte is read or written
+    EVER = 2**31 - 1
     building = threading.Lock()
 
     @classmethod
@@ -292,7 +298,6 @@ class Faults:
         os.makedirs(os.path.join(here, "build"), exist_ok=True)
         made = os.path.join(here, "build", f"fault-{os.getpid()}.so")
         done = subprocess.run([*shlex.split(os.environ.get("CC", "cc")), "-O1", "-shared", "-fPIC", "-o", made,
-                               *["-DNO_REALLOC"] * instrumented(),
                                os.path.join(here, "fault.c"), "-ldl"], capture_output=True)
         check(done.returncode == 0, done.stderr.decode())
         final = os.path.join(here, "build", "fault.so")
@@ -323,7 +328,13 @@ class Faults:
             setattr(self, word, words[word])
 
     def none(self):
-        self.set(room=-1, write_errno=0, sync_errno=0, truncate_errno=0, die=0, open_errno=0, accept_errno=0, wall=0, allocate=0)
+        self.set(room=-1, write_errno=0, sync_errno=0, truncate_errno=0, die=0, wall=0, call=0)
+
+    def fail(self, call, how, nth=1, times=EVER):
+        """So many of these calls fail, from the n-th on."""
+        self.call = 0
+        self.set(nth=nth, times=times, how=how, calls=0, struck=0)
+        self.call = self.CALLS.index(call)
 
 
 # ---------------------------------------------------------------------------

@@ -1982,7 +1982,7 @@ def cannot_open(name, number):
     with faulty("--segment", "4096") as (s, d, faults):
         said = fill(s, "room", 40)
         ann = Ws(s)
-        faults.open_errno = number
+        faults.fail("open", number)
         for _ in range(2):
             ann.send_json(type="login", client_name="Ann", room_id="room", history=5, ref="r")
             ann.expect_error("storage", "room", ref="r")
@@ -1990,7 +1990,7 @@ def cannot_open(name, number):
         faults.none()
         same(Entry(ann, "room", history=200).messages, said)
         said += talk(ann, 2)
-        faults.open_errno = number    # in the room: one message is refused, and older ones cannot be read
+        faults.fail("open", number)   # in the room: one message is refused, and older ones cannot be read
         ann.say("lost", ref="lost")
         ann.expect_error("storage", ref="lost")
         ann.send_json(type="history", count=20)
