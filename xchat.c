@@ -194,7 +194,7 @@ enum {
  * dropped, so about once in their life. Every buffer that the network can fill has a
  * limit elsewhere; out of memory ends the program, with a line in the log.
  *
- * Owns: the clock of this round. Calls: libc. Called by: everybody.
+ * Owns: the clock of this round. Calls: libc, OpenSSL. Called by: everybody.
  */
 
 typedef struct {
@@ -296,6 +296,11 @@ struct buf {
 static void *xrealloc(void *p, size_t n) {
     if ((p = realloc(p, n)) == NULL) die("out of memory (%zu bytes)", n);
     return p;
+}
+
+/* OpenSSL needs memory for a hash; what it leaves there without is not one, and may be a secret. */
+static void sha256(slice s, unsigned char hash[SHA256_DIGEST_LENGTH]) {
+    if (SHA256((const unsigned char *)s.p, s.len, hash) == NULL) die("out of memory (SHA-256)");
 }
 
 static void *xcalloc(size_t n) { return memset(xrealloc(NULL, n), 0, n); }
@@ -745,12 +750,13 @@ struct table {
 
 /* Nobody may learn the lower half, which chooses the slot. */
 static uint64_t table_hash(slice key) {
-    unsigned char text[sizeof tables.secret + TABLE_KEY_MAX], hash[SHA256_DIGEST_LENGTH];
+    char text[sizeof tables.secret + TABLE_KEY_MAX];
+    unsigned char hash[SHA256_DIGEST_LENGTH];
     uint64_t n;
     assert(key.len <= TABLE_KEY_MAX);
     memcpy(text, tables.secret, sizeof tables.secret);
     memcpy(text + sizeof tables.secret, key.p, key.len);
-    SHA256(text, sizeof tables.secret + key.len, hash);
+    sha256((slice){text, sizeof tables.secret + key.len}, hash);
     memcpy(&n, hash, sizeof n);
     return n;
 }
@@ -1875,7 +1881,7 @@ static int ws_upgrade(struct conn *c, const struct request *q) {
     if (!http_welcome(c, q)) return http_refuse(c, "403 Forbidden", S(PLAIN), "a page not of --origin asks\n");
     memcpy(text, key.p, 24);
     memcpy(text + 24, "258EAFA5-E914-47DA-95CA-C5AB0DC85B11", 36);
-    SHA1(text, sizeof text, hash);
+    if (SHA1(text, sizeof text, hash) == NULL) die("out of memory (SHA-1)");
     EVP_EncodeBlock(accept, hash, sizeof hash);
     buf_printf(&c->out, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
                "Connection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n", accept);
@@ -2197,7 +2203,7 @@ static struct path history_path(const struct history *h, const char *file) {
         n += (size_t)snprintf(path.text + n, sizeof path.text - n, format, (unsigned char)c);
     }
     if (n - start > FILE_NAME_BYTES) {
-        SHA256((const unsigned char *)name.p, name.len, hash);
+        sha256(name, hash);
         n = start + (size_t)snprintf(path.text + start, 3, "%%%%");
         for (size_t i = 0; i < sizeof hash; i++) n += (size_t)snprintf(path.text + n, 3, "%02x", hash[i]);
     }
@@ -4341,7 +4347,7 @@ static const char *push_load_key(char *phrase) {
     fclose(f);
     unsigned char *der = NULL, hash[SHA256_DIGEST_LENGTH];
     int n = ok ? i2d_PUBKEY(key, &der) : 0;
-    if (n > 0) SHA256(der, (size_t)n, hash);
+    if (n > 0) sha256((slice){(const char *)der, (size_t)n}, hash);
     OPENSSL_free(der);
     uint64_t id = 0;
     if (n > 0) memcpy(&id, hash, sizeof id);
@@ -7001,7 +7007,7 @@ static struct {
 static void page_add_source(const char *directive, const char *tag) {
     const char *start = strstr(page.html.p, tag) + strlen(tag), *end = strstr(start, "</s");
     unsigned char hash[SHA256_DIGEST_LENGTH], text[4 * (SHA256_DIGEST_LENGTH / 3 + 1) + 1];
-    SHA256((const unsigned char *)start, (size_t)(end - start), hash);
+    sha256((slice){start, (size_t)(end - start)}, hash);
     EVP_EncodeBlock(text, hash, sizeof hash);
     buf_printf(&page.headers, "; %s 'sha256-%s'", directive, text);
 }

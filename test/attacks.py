@@ -53,7 +53,7 @@ What is tried, and where (FILE.CASE; without FILE it is in this one):
     30  damaged files, huge ones, two servers on one   history.damage_in_the_middle history.bad_tail
                                                        history.file_over_2_gib history.two_servers
     31  a clock that jumps                             clock_jumps
-    32  no descriptors, no memory                      faults.loop server.descriptors_run_out history.few_descriptors
+    32  no descriptors, no memory                      faults.memory server.descriptors_run_out history.few_descriptors
                                                        server.one_address_takes_all_descriptors
     33  100,000 resets, accept() that fails, SIGPIPE   connect_and_reset accept_fails reset_while_being_written_to
                                                        server.harmless_signals

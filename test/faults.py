@@ -369,17 +369,33 @@ def files():
        ("SSL_CTX_new", errno.ENOMEM),
        ("SSL_read", errno.EIO),
        ("SSL_write", errno.EIO),
+       ("SHA256", errno.ENOMEM),
        ("RAND_bytes", errno.ENOMEM))
 def openssl():
     """What OpenSSL does for us."""
 
 
+@every(("malloc", errno.ENOMEM), steps=PLAIN, factor=3)
+def memory():
+    """All that is allocated without TLS."""
+
+
+@every(("malloc", errno.ENOMEM), factor=61)
+def memory_of_tls():
+    """A handshake alone takes thousands."""
+
+
 @every(("open", errno.EMFILE), ("file read", errno.EIO), ("mkdirat", errno.ENOSPC),
        ("fcntl", errno.EINVAL), ("socket", errno.EMFILE), ("epoll_create1", errno.EMFILE), ("fsync", errno.EIO),
-       ("RAND_bytes", errno.ENOMEM), ("SSL_CTX_new", errno.ENOMEM),
+       ("RAND_bytes", errno.ENOMEM), ("SHA256", errno.ENOMEM), ("SSL_CTX_new", errno.ENOMEM),
        ("getsockname", errno.ENOBUFS), how_to=life, steps=SHORT, options=("--fsync",))
 def lives():
     """From the start to the end: it refuses to start, in so many words, or is as good as any."""
+
+
+@every(("malloc", errno.ENOMEM), factor=199, how_to=life, steps=SHORT)
+def memory_of_lives():
+    """The same of what is allocated: most of it to read the certificate."""
 
 
 if __name__ == "__main__":
