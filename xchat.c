@@ -1044,13 +1044,13 @@ static short conn_interest(const struct conn *c) {
     return (short)((reads ? POLLIN : 0) | (c->blocked ? POLLOUT : 0));
 }
 
-/* Tells the kernel what this connection waits for now. */
+/* Tells the kernel what this connection waits for now. What epoll does not take is polled. */
 static void conn_watch(struct conn *c) {
     short events = conn_interest(c);
     if (events == c->events) return;
     c->events = events;
     if (!c->parked) loop.pfd[c->place].events = events;
-    else park(c);
+    else if (!park(c)) unpark(c), c->parked = false, c->place = poll_add(c->fd, events, c);
 }
 
 /* ---- TLS. ---- */

@@ -350,6 +350,7 @@ def sockets():
        ("shutdown", errno.ENOTCONN),
        ("poll", errno.EINTR, errno.ENOMEM),
        ("epoll_wait", errno.EINTR),
+       ("epoll_ctl", errno.ENOMEM, errno.ENOSPC),
        ("log", errno.EINTR, errno.EAGAIN, CUT))
 def loop():
     """Connections come, are waited for, and go."""
