@@ -2261,11 +2261,14 @@ static bool history_load(const struct history *h, uint64_t from, uint64_t to) {
     int fd = history_openat(history_file_path(h, start), O_RDONLY);
     if (histories.block.cap > READ_BYTES) buf_free(&histories.block);   /* a long line was in it */
     char *p = buf_room(&histories.block, n);
-    ssize_t got = fd >= 0 ? pread(fd, p, n, (off_t)(from - start)) : -1;
+    size_t len = 0;
+    ssize_t got = fd >= 0 ? 1 : -1;
+    for (; got > 0 && len < n; len += got > 0 ? (size_t)got : 0)   /* it may come in pieces */
+        got = pread(fd, p + len, n - len, (off_t)(from - start + len));
     if (got >= 0) errno = ENOENT;
     history_close_file(fd);
-    histories.window = (struct window){h, from, {p, got == (ssize_t)n ? n : 0}};
-    return got == (ssize_t)n;
+    histories.window = (struct window){h, from, {p, len == n ? n : 0}};
+    return len == n;
 }
 
 /* Finds the line that begins at a position, or if `back` the one that ends there, with

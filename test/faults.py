@@ -357,7 +357,7 @@ def loop():
 
 
 @every(("open", errno.EMFILE, errno.EIO),
-       ("file read", errno.EIO),
+       ("file read", errno.EIO, CUT),
        ("file write", errno.ENOSPC, CUT),
        ("mkdirat", errno.ENOSPC),
        ("fstatat", errno.EIO),
