@@ -7,7 +7,7 @@ SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -
 xchat: xchat.c
 	$(CC) -O2 $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ xchat.c -lssl -lcrypto
 
-.PHONY: run test asan valgrind fuzz bench abuse soak install clean
+.PHONY: run test faults asan valgrind fuzz bench abuse soak install clean
 run: xchat
 	./xchat
 
@@ -18,6 +18,9 @@ asan:
 	mkdir -p $(B)
 	$(CC) $(SANITIZE) -o $(B)/xchat-asan xchat.c -lssl -lcrypto
 	XCHAT=$(B)/xchat-asan UNIT_CFLAGS="$(SANITIZE)" XCHAT_SLOW=2 sh test/run
+
+faults: xchat
+	FAULT_STEP=1 python3 test/faults.py
 
 valgrind:
 	mkdir -p $(B)

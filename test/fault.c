@@ -39,6 +39,7 @@ enum {
     WRITES,         /* how many writes and syncs there were */
     SYNCS,
     LATER,          /* so many seconds later than it is, says the clock that never goes back */
+    SNDBUF,         /* how much the kernel holds of what accepted sockets send; 0: as ever */
     WALL,           /* what time() says, up to the year 2106; 0: the truth */
     CALL,           /* one of those below; 0: none */
     NTH,            /* the so many-th from now on fails... */
@@ -249,6 +250,16 @@ TRUNCATE(ftruncate64, long long)
 SYNCING(fsync)
 SYNCING(fdatasync)
 
+int accept(int fd, struct sockaddr *a, socklen_t *n)
+{
+    int (*real)(int, struct sockaddr *, socklen_t *);
+    *(void **)&real = dlsym(RTLD_NEXT, "accept");
+    int got = strikes(ACCEPT) ? -1 : real(fd, a, n), size = table ? table[SNDBUF] : 0;
+    if (got >= 0 && size > 0)
+        setsockopt(got, SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
+    return got;
+}
+
 /* Those with a mode only if a file is made. */
 #define OPENING(NAME, PARAMETERS, ...)                                                        \
     int NAME(PARAMETERS const char *path, int flags, ...)                                     \
@@ -290,7 +301,6 @@ CONTROL(fcntl64)
             *(void **)&real = dlsym(RTLD_NEXT, #NAME);                                        \
         return strikes(CALL) ? FAILED : real ARGUMENTS;                                       \
     }
-FAILING(ACCEPT, int, accept, (int fd, struct sockaddr *a, socklen_t *n), (fd, a, n), -1)
 FAILING(OPEN, FILE *, fopen, (const char *path, const char *mode), (path, mode), NULL)
 FAILING(OPEN, FILE *, fopen64, (const char *path, const char *mode), (path, mode), NULL)
 FAILING(STAT, int, fstatat, (int fd, const char *path, struct stat *st, int flags), (fd, path, st, flags), -1)

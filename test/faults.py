@@ -16,15 +16,22 @@ Every FAULT_STEP-th call is tried, from a random one on; 1 tries them all, which
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import random
 import re
+import shlex
 import signal
+import socket
+import ssl
 import struct
+import subprocess
 import tempfile
+import threading
+import time
 
-from harness import (CERTIFICATE, DEADLINE, WRAP, Faults, Http, Server, Skip, Stream, Ws, case, check, each_row, frame,
+from harness import (CERTIFICATE, DEADLINE, ROOT, WRAP, XCHAT, Faults, Http, Server, Skip, Stream, Ws, case, check, each_row, frame,
                      get, join, main, until)
 
 STEP = int(os.environ.get("FAULT_STEP", "25"))
@@ -60,15 +67,16 @@ class Life(Server):
 class World:
     """A server, what it has stored, and two people whom no fault of others concerns."""
 
-    def __init__(self, directory, *options):
+    def __init__(self, directory, *options, program=None):
         self.data, self.options = os.path.join(directory, "data"), options
+        self.shell = f'shift && set -- {shlex.quote(program)} "$@"' if program else None   # in place of ours
         self.faults = Faults(directory)
         self.acknowledged = {}   # {room: {id: content}}
         self.start()
 
     def begin(self):
         """It may fail."""
-        self.s, self.pair = Life("--data", self.data, *OPTIONS, *self.options, env=self.faults.env), []
+        self.s, self.pair = Life("--data", self.data, *OPTIONS, *self.options, env=self.faults.env, shell=self.shell), []
 
     def start(self):
         self.faults.none()
@@ -126,11 +134,11 @@ class World:
 
 
 @contextlib.contextmanager
-def world(*options):
+def world(*options, program=None):
     if WRAP:
         raise Skip("valgrind has the memory, and it would take hours")
     with tempfile.TemporaryDirectory(prefix="xchat") as directory:
-        w = World(directory, *options)
+        w = World(directory, *options, program=program)
         try:
             yield w
             w.stop()
@@ -271,9 +279,16 @@ PLAIN = [name for name in STEPS if name not in ("over_tls", "reload")]
 SHORT = "ann_comes", "bob_comes", "say", "look_back"
 
 
-def session(w, call, how, n, times, steps):
+@functools.lru_cache
+def used(call):
+    """The portable loop does without epoll."""
+    with open(XCHAT, "rb") as program:
+        return not call.startswith("epoll") or call.encode() in program.read()
+
+
+def session(w, call, how, n, times, steps, kind=Session):
     """Hold it. Has the fault struck?"""
-    one = Session(w, f"{call} {how} {n}")
+    one = kind(w, f"{call} {how} {n}")
     w.faults.fail(call, how, n, times)
     one._run(steps)
     struck, calls = w.faults.struck, w.faults.calls
@@ -285,7 +300,7 @@ def session(w, call, how, n, times, steps):
         w.remembers(one._room, one._stored).close()
         w.unconcerned()
     one._end()
-    check(calls, call, "is not intercepted")
+    check(calls or not used(call), call, "is not intercepted")
     return struck
 
 
@@ -305,11 +320,11 @@ def life(w, call, how, n, times, steps):
         w.stop()
     struck, calls = w.faults.struck, w.faults.calls
     w.start()
-    check(calls, call, "is not intercepted")
+    check(calls or not used(call), call, "is not intercepted")
     return struck
 
 
-def every(*rows, factor=1, how_to=session, options=(), steps=STEPS):
+def every(*rows, factor=1, how_to=session, options=(), steps=STEPS, world=world):
     """A case that tries every STEP-th call of each row: (call, what it fails with...); or with a `factor` every
     so many STEP-th."""
     def register(function):
@@ -338,6 +353,10 @@ def every(*rows, factor=1, how_to=session, options=(), steps=STEPS):
 def name_of(how):
     return "cut" if how == CUT else errno.errorcode[how]
 
+
+# ---------------------------------------------------------------------------
+# One call
+# ---------------------------------------------------------------------------
 
 @every(("recv", errno.ECONNRESET, errno.EINTR, errno.EAGAIN, CUT),
        ("send", errno.EPIPE, errno.EINTR, errno.EAGAIN, errno.ENOBUFS, CUT))
@@ -397,6 +416,125 @@ def lives():
 @every(("malloc", errno.ENOMEM), factor=199, how_to=life, steps=SHORT)
 def memory_of_lives():
     """The same of what is allocated: most of it to read the certificate."""
+
+
+# ---------------------------------------------------------------------------
+# Connections of ours: to a gateway that pushes to phones
+# ---------------------------------------------------------------------------
+
+class Gate:
+    """It takes what it is sent once, by the binary protocol, and ends the connection."""
+
+    def __init__(self):
+        self.got, self.context = b"", ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.context.load_cert_chain(CERTIFICATE)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+
+    def serve(self):
+        with contextlib.suppress(OSError):   # it was shut down
+            while True:
+                sock = self.listener.accept()[0]
+                sock.settimeout(DEADLINE)
+                with sock, contextlib.suppress(OSError), self.context.wrap_socket(sock, server_side=True) as tls:
+                    self.got += tls.recv(16384)
+
+    def close(self):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.thread.join(DEADLINE)
+        self.listener.close()
+
+
+class Call(Session):
+    """A phone is told of what it missed, whatever fails once, as time goes by."""
+
+    def phone_comes(self):
+        self.token = os.urandom(32).hex()
+        self.bob = self._come("Bob", device_token=self.token)
+
+    def phone_goes(self):
+        self.bob.close()
+
+    def ann_comes(self):
+        self.ann = self._come("Ann")
+        self.ann.fence()
+
+    def say(self):
+        self.ann.say(self.token[:30])
+        self._said(self.ann, content=self.token[:30])
+        end = time.monotonic() + 4 * DEADLINE
+        while self.token[:30].encode() not in self._w.gate.got:
+            check(time.monotonic() < end, "no answer of the gateway")
+            self._w.faults.later += 3
+            self._w.unconcerned()   # and so the server looks at its clock
+
+
+CALL = [name for name in vars(Call) if not name.startswith("_")]
+
+
+@contextlib.contextmanager
+def calling():
+    with contextlib.closing(Gate()) as gate:
+        with world("--apns", f"binary://localhost:{gate.listener.getsockname()[1]}", "--apns-cert", CERTIFICATE,
+                   "--apns-ca", CERTIFICATE) as w:
+            w.gate = gate
+            yield w
+
+
+@every(("socketpair", errno.EMFILE), ("fork", errno.EAGAIN), ("socket", errno.EMFILE), ("connect", errno.ENETUNREACH),
+       ("fcntl", errno.EINVAL), ("epoll_ctl", errno.ENOSPC), ("SSL_new", errno.ENOMEM), ("SSL_write", errno.EIO),
+       ("SSL_read", errno.EIO), ("file write", errno.ENOSPC), ("SHA256", errno.ENOMEM),
+       how_to=functools.partial(session, kind=Call), steps=CALL, world=calling)
+def calls():
+    """From looking up the gateway's name on."""
+
+
+# ---------------------------------------------------------------------------
+# All calls
+# ---------------------------------------------------------------------------
+
+def tight():
+    """The program with buffers that have room for what is in them, and not one byte more."""
+    with open(os.path.join(ROOT, "xchat.c")) as source:
+        text = source.read()
+    growth = "need < 2 * (size_t)b->cap ? 2 * (size_t)b->cap : (need + 63) / 64 * 64"
+    check(text.count(growth) == 1, "buffers grow in another way")
+    made = os.path.join(ROOT, "test", "build", f"tight-{os.getpid()}")
+    flags = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    done = subprocess.run([*shlex.split(os.environ.get("CC", "cc")), *shlex.split(flags), "-x", "c", "-o", made, "-",
+                           "-lssl", "-lcrypto"], input=text.replace(growth, "need").encode(), capture_output=True)
+    check(done.returncode == 0, done.stderr.decode())
+    return made
+
+
+def drops(w):
+    """Sessions in which all comes in single bytes, and one with little room in the kernel."""
+    for call in "recv", "send", "file read":
+        session(w, call, CUT, 1, Faults.EVER, STEPS)
+    w.faults.sndbuf = 1
+    session(w, "log", CUT, 1, Faults.EVER, STEPS)
+
+
+@case()
+def single_bytes():
+    """Every read and every write is of one byte; the kernel takes little."""
+    with world() as w:
+        drops(w)
+
+
+def tight_buffers():
+    """The same with buffers that are always full, under ASan."""
+    program = tight()
+    try:
+        with world(program=program) as w:
+            drops(w)
+    finally:
+        os.unlink(program)
+
+
+if STEP == 1:   # to compile it takes a while
+    case()(tight_buffers)
 
 
 if __name__ == "__main__":

@@ -281,7 +281,8 @@ class Server:
 class Faults:
     """The system under a server, to be broken: see fault.c for the words."""
 
-    WORDS = ["room", "write_errno", "sync_errno", "truncate_errno", "die", "writes", "syncs", "later", "wall",
+    WORDS = ["room", "write_errno", "sync_errno", "truncate_errno", "die", "writes", "syncs", "later",
+             "sndbuf", "wall",
              "call", "nth", "times", "how", "calls", "struck"]
     CALLS = ["none", "malloc", "recv", "send", "file read", "file write", "log", "accept", "open", "fsync", "ftruncate",
              "fstatat", "renameat", "mkdirat", "socket", "connect", "socketpair", "fork", "getsockname", "shutdown",
@@ -328,7 +329,7 @@ class Faults:
             setattr(self, word, words[word])
 
     def none(self):
-        self.set(room=-1, write_errno=0, sync_errno=0, truncate_errno=0, die=0, wall=0, call=0)
+        self.set(room=-1, write_errno=0, sync_errno=0, truncate_errno=0, die=0, sndbuf=0, wall=0, call=0)
 
     def fail(self, call, how, nth=1, times=EVER):
         """So many of these calls fail, from the n-th on."""
