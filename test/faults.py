@@ -407,7 +407,7 @@ def openssl():
     """What OpenSSL does for us."""
 
 
-@every(("malloc", errno.ENOMEM), steps=PLAIN, factor=3)
+@every(("malloc", errno.ENOMEM), steps=PLAIN)
 def memory():
     """All that is allocated without TLS."""
 
