@@ -1,12 +1,13 @@
 /* load.c - the load generator: every figure of the README comes from here.
  *
- *     cc -O2 -o load test/load.c
+ *     cc -O2 -o load test/load.c -lssl -lcrypto
  *     ./load --pid $(pidof xchat) --clients 100 --senders 10 --window 8
  *
- * One process plays all clients. Client i sits in room 1 + i mod --rooms (there
- * is no room 0), is named u<i>, and connects to /<room>, for test/floor.c. The
- * first --senders clients talk, so they are spread evenly over the rooms. Past
- * 20,000 clients the next 127.0.0.x is taken, for a port is only a number.
+ * One process plays all clients. Client i sits in room --first + i mod --rooms
+ * (there is no room 0), is named u<i>, and connects to /<room>, for test/floor.c.
+ * The first --senders clients talk, so they are spread evenly over the rooms.
+ * Past 20,000 clients the next 127.0.0.x is taken, for a port is only a number.
+ * With --tls 1 they speak TLS, and believe any certificate.
  *
  *     closed loop   each sender keeps --window messages under way and says the
  *                   next one when its own comes back: the most a server can
@@ -70,6 +71,8 @@
 #include <inttypes.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <openssl/err.h>
+#include <openssl/ssl.h>
 #include <poll.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -143,9 +146,10 @@ struct track { uint64_t last, seen; };
 
 struct client {
     int fd;
+    SSL *ssl;                       /* or NULL */
     enum state state;
     bool wants_write;
-    size_t number, room;            /* rooms from 0 here, from 1 on the wire */
+    size_t number, room;            /* rooms from 0 here, from --first on the wire */
     uint64_t sent;                  /* number of the last message said */
     uint64_t order;                 /* running hash of all that was received */
     struct track *tracks;           /* of the senders of the room, see track_of */
@@ -161,15 +165,17 @@ struct client {
 
 /* The options; `--clients 7` sets `clients`. All are whole numbers. */
 static struct {
-    uint64_t port, gateway, pid, clients, rooms, senders, per_room, window, rate, orders, size,
-             measure_ms, warmup_ms, connecting;
-} opt = { .port = 7272, .clients = 100, .rooms = 1, .senders = 1, .window = 1, .size = 64,
+    uint64_t port, gateway, pid, clients, rooms, first, senders, per_room, window, rate, orders, size,
+             measure_ms, warmup_ms, connecting, tls;
+} opt = { .port = 7272, .clients = 100, .rooms = 1, .first = 1, .senders = 1, .window = 1, .size = 64,
           .measure_ms = 5000, .warmup_ms = 500, .connecting = 64 };
 
 static struct {
     struct client *clients;         /* and behind them the back end's connection */
     size_t opened, logged_in;       /* counts of clients */
+    SSL_CTX *tls;
     uint64_t now_ns;                /* when the latest read returned */
+    uint64_t received;              /* bytes, without what TLS adds */
     bool saying;                    /* the closed loop goes on */
     bool measuring;                 /* within the window */
     uint64_t ordered;               /* orders so far, */
@@ -268,10 +274,29 @@ static void queue_frame(struct client *c, unsigned opcode, const char *payload, 
     for (size_t i = 0; i < len; i++) masked[i] = (char)(masked[i] ^ head[size + (i & 3)]);
 }
 
+/* What became of a call of TLS, as send() and recv() would tell it. */
+static ssize_t tls_result(struct client *c, int n) {
+    int error = n > 0 ? SSL_ERROR_NONE : SSL_get_error(c->ssl, n);
+    if (n > 0 || error == SSL_ERROR_ZERO_RETURN) return n > 0 ? n : 0;
+    errno = error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE ? EAGAIN : EPROTO;
+    ERR_clear_error();
+    return -1;
+}
+
+static ssize_t sock_send(struct client *c, const char *p, size_t len) {
+    if (!c->ssl) return send(c->fd, p, len, MSG_NOSIGNAL);
+    return tls_result(c, SSL_write(c->ssl, p, (int)len));
+}
+
+static ssize_t sock_recv(struct client *c, char *p, size_t len) {
+    if (!c->ssl) return recv(c->fd, p, len, 0);
+    return tls_result(c, SSL_read(c->ssl, p, (int)len));
+}
+
 static void flush(struct client *c) {
     if (c->state == GONE) return;
     if (c->out_len > 0) {
-        ssize_t n = send(c->fd, c->out, c->out_len, MSG_NOSIGNAL);
+        ssize_t n = sock_send(c, c->out, c->out_len);
         if (n < 0 && errno != EAGAIN && errno != EINTR) { gone(c, strerror(errno)); return; }
         if (n > 0) {
             c->out_len -= (size_t)n;
@@ -406,8 +431,9 @@ static size_t upgraded(struct client *c, const char *p, size_t len) {
     while (size <= len && memcmp(p + size - 4, "\r\n\r\n", 4) != 0) size++;
     if (size > len) return 0;
     if (memcmp(p, "HTTP/1.1 101 ", 13) != 0) die("u%zu: no upgrade: %.40s", c->number, p);
+    /* A server that only repeats what it hears (nchan) gives the answer that is waited for like this. */
     int n = snprintf(login, sizeof login, "{\"type\":\"login\",\"client_name\":\"u%zu\","
-                     "\"room_id\":\"%zu\"}", c->number, c->room + 1);
+                     "\"room_id\":\"%zu\",\"client_list\":{}}", c->number, c->room + opt.first);
     queue_frame(c, 1, login, (size_t)n);
     c->state = LOGGING_IN;
     return size;
@@ -442,10 +468,11 @@ static size_t unit_read(struct client *c, const char *p, size_t len) {
 static void receive(struct client *c) {
     static char shared[HEAD_MAX + LOOK + READ_SIZE];
     char *p = shared + HEAD_MAX + LOOK;
-    ssize_t n = recv(c->fd, p, READ_SIZE, 0);
+    ssize_t n = sock_recv(c, p, READ_SIZE);
 
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (n <= 0) { gone(c, n < 0 ? strerror(errno) : "end of the connection"); return; }
+    load.received += (uint64_t)n;
     load.now_ns = clock_ns();
     size_t len = (size_t)n, pass = c->skip < len ? (size_t)c->skip : len;
     c->skip -= pass;
@@ -498,9 +525,11 @@ static void connected(struct client *c) {
 
     if (getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &len) < 0 || error != 0)
         die("u%zu: connect: %s", c->number, strerror(error));
+    if (load.tls && !((c->ssl = SSL_new(load.tls)) && SSL_set_fd(c->ssl, c->fd))) die("out of memory");
+    if (load.tls) SSL_set_connect_state(c->ssl);
     int n = snprintf(request, sizeof request, "GET /%zu HTTP/1.1\r\nHost: 127.0.0.1:%" PRIu64 "\r\n"
                      "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-                     "Sec-WebSocket-Key: dGhlIGxvYWQgb2YgeGNoYQ==\r\n\r\n", c->room + 1, opt.port);
+                     "Sec-WebSocket-Key: dGhlIGxvYWQgb2YgeGNoYQ==\r\n\r\n", c->room + opt.first, opt.port);
     queue(c, request, (size_t)n);
     c->state = UPGRADING;
 }
@@ -567,7 +596,7 @@ static void ready(size_t number) {
     if (number == opt.clients) {
         if (recv(c->fd, unwanted, sizeof unwanted, 0) == 0) gone(c, "closed by the gateway");
     } else if (c->state == CONNECTING) connected(c);
-    else receive(c);
+    else do receive(c); while (c->ssl && c->state != GONE && SSL_pending(c->ssl) > 0);
     flush(c);
 }
 
@@ -726,6 +755,7 @@ static const struct { const char *name; uint64_t *value, min, max; const char *h
     { "--pid",        &opt.pid,        0, 1u << 30, "of the server, to weigh it" },
     { "--clients",    &opt.clients,    1, 1u << 20, "how many connect" },
     { "--rooms",      &opt.rooms,      1, 1u << 20, "how many rooms they are spread over" },
+    { "--first",      &opt.first,      1, 1u << 20, "number of the first of them" },
     { "--senders",    &opt.senders,    0, 1u << 20, "how many of them talk" },
     { "--per-room",   &opt.per_room,   0, 1u << 20, "or: how many of each room talk" },
     { "--window",     &opt.window,     1, 1u << 20, "messages each sender has under way" },
@@ -735,6 +765,7 @@ static const struct { const char *name; uint64_t *value, min, max; const char *h
     { "--measure-ms", &opt.measure_ms, 1, 86400000, "length of the measured window" },
     { "--warmup-ms",  &opt.warmup_ms,  0, 86400000, "talk before it" },
     { "--connecting", &opt.connecting, 1, 4096, "log-ins under way at a time" },
+    { "--tls",        &opt.tls,        0, 1, "speak TLS" },
 };
 #define OPTIONS (sizeof options / sizeof options[0])
 
@@ -775,6 +806,8 @@ int main(int argc, char **argv) {
     load.clients = xcalloc(opt.clients + 1, sizeof *load.clients);
     for (size_t i = 0; i < opt.clients; i++)
         load.clients[i].tracks = xcalloc(opt.senders / opt.rooms + 1, sizeof(struct track));
+    if (opt.tls && !(load.tls = SSL_CTX_new(TLS_client_method()))) die("out of memory");
+    if (opt.tls) SSL_CTX_set_mode(load.tls, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
     if (!wait_open(opt.clients + 1)) die("wait: %s", strerror(errno));
 
     double dirty = server_memory("Private_Dirty:"), resident = server_memory("Rss:");
@@ -785,10 +818,10 @@ int main(int argc, char **argv) {
     if (opt.orders) back_end_open();
     wait_quiet(SETTLE_NS, UINT64_MAX);
     printf("clients=%.0f rooms=%" PRIu64 " senders=%" PRIu64 " logins_s=%.0f login_cpu_us=%.1f"
-           " dirty_each=%.0f rss_each=%.0f", clients, opt.rooms, opt.senders,
+           " dirty_each=%.0f rss_each=%.0f login_bytes=%.0f", clients, opt.rooms, opt.senders,
            clients / span_ns * 1e9, cpu < 0 ? -1 : (server_cpu_ns() - cpu) / clients / 1000,
            dirty < 0 ? -1 : (server_memory("Private_Dirty:") - dirty) / clients,
-           resident < 0 ? -1 : (server_memory("Rss:") - resident) / clients);
+           resident < 0 ? -1 : (server_memory("Rss:") - resident) / clients, (double)load.received / clients);
     if (opt.senders > 0) run_and_report();
     printf(" lost=%" PRIu64 " duplicate=%" PRIu64 " late=%" PRIu64 " orders=%" PRIu64
            " stray=%" PRIu64 " closed=%" PRIu64 "\n", result.lost, result.duplicate, result.late,
