@@ -351,11 +351,13 @@ function run(array $arguments): void
     }
     while (($line = fgets(STDIN)) !== false) {
         [$method, $values] = json_decode($line, true);
+        ob_start();   // the library prints what it thinks of its older names and of empty groups
         try {
             $answer = ['returns' => call_user_func_array([$client, $method], $values)];
         } catch (Throwable $error) {
             $answer = ['throws' => $error->getMessage()];
         }
+        ob_end_clean();
         echo json_encode($answer, JSON_UNESCAPED_UNICODE), "\n";
     }
 }
