@@ -180,8 +180,8 @@ class Register(Stream):
         check(b" " not in line and b"\\" not in line, "not as PHP has it:", line)
         return message["addresses"]
 
-    def ask(self):
-        self.send(ASK)
+    def ask(self, key=""):
+        self.send(ASK.replace(b'""', json.dumps(key).encode()))
         return self.addresses()
 
 
@@ -329,11 +329,13 @@ def register_key():
 
 
 @contextlib.contextmanager
-def pair(*options):
+def pair(key=""):
     """Two servers whose gateways are listed in the register of the first."""
-    with Server(*BOTH, *options) as a, Server(*GATEWAY, "--join", a.register, *options) as b:
-        until(lambda: Register(a).ask() == [a.gateway, b.gateway], "the second gateway is not listed")
-        yield a, b
+    with tempfile.TemporaryDirectory(prefix="xchat") as d:
+        options = ("--gateway-key-file", key_file(d, key)) if key else ()
+        with Server(*BOTH, *options) as a, Server(*GATEWAY, "--join", a.register, *options) as b:
+            until(lambda: Register(a).ask(key) == [a.gateway, b.gateway], "the second gateway is not listed")
+            yield a, b
 
 
 @case()
@@ -492,9 +494,9 @@ HEARD = {   # until the first of them is closed
 }
 
 
-def cast(a, b):
+def cast(a, b, key=""):
     """The clients of the record: A and B in room 9, C with a session that makes him a member of nothing."""
-    first, second = Inner(a), Inner(b)
+    first, second = Inner(a, key), Inner(b, key)
     ann, (carl, c), bob = join(a, "9", "A"), stranger(a, first), join(b, "9", "B")
     first.tell(SET_SESSION, c, php({"room_id": "0", "client_name": "tmp"}))
     first.fence()
@@ -1610,10 +1612,10 @@ def same(one, two):
     return one == two and type(one) is type(two) or (one in ([], {}) and two in ([], {}))
 
 
-def calls_of_the_record(methods, *options):
+def calls_of_the_record(methods, key, *options):
     """Those calls of the record whose method is meant, from PHP: what they return, and what is heard."""
-    with pair() as (a, b):
-        first, second, ann, carl, c, bob = cast(a, b)
+    with pair(key) as (a, b):
+        first, second, ann, carl, c, bob = cast(a, b, key)
         today = {"c00000015": ann.id, "d00000018": bob.id, "c00000016": f"{ann.id[:12]}{c:08x}"}
 
         def now(value):
@@ -1622,7 +1624,7 @@ def calls_of_the_record(methods, *options):
                           json.dumps(value, ensure_ascii=False))
             return json.loads(text)
         closed = False
-        with Php(a.register, "", *options) as back_end:
+        with Php(a.register, key, *options) as back_end:
             for name, arguments, returns in GOLDEN["calls"]:
                 method = name[4:]
                 if method not in methods or "\ufffd" in str(arguments):   # bytes that JSON cannot carry
@@ -1645,10 +1647,14 @@ def own_methods():
         return set(re.findall(r"public function (\w+)", script.read())) - {"__construct"}
 
 
-@case(rows=[("a connection each", ()), ("one connection", ("keep",))])
-def php_back_end(name, options):
+WAYS = [("a connection each", "", ""), ("one connection", "", "keep"),
+        ("a connection each, with a key", "se/kr+et=", ""), ("one connection, with a key", "se/kr+et=", "keep")]
+
+
+@case(rows=WAYS)
+def php_back_end(name, key, keep):
     """A back end in PHP finds both gateways by the register, and gets what it got from those of a PHP chat."""
-    calls_of_the_record(own_methods(), *options)
+    calls_of_the_record(own_methods(), key, keep)
 
 
 @case()
@@ -1694,12 +1700,12 @@ def as_php_does_it(s):
 
 
 if os.environ.get("GATEWAYCLIENT"):
-    @case(rows=[("a connection each", ""), ("one connection", "keep")])
-    def real_library(name, keep):
+    @case(rows=WAYS)
+    def real_library(name, key, keep):
         """GatewayClient itself, with all its methods."""
         path = os.environ["GATEWAYCLIENT"]
         path = os.path.join(path, "Gateway.php") if os.path.isdir(path) else path
-        calls_of_the_record({call[0][4:] for call in GOLDEN["calls"]}, keep, path)
+        calls_of_the_record({call[0][4:] for call in GOLDEN["calls"]}, key, keep, path)
 
 
 if __name__ == "__main__":
