@@ -5657,9 +5657,14 @@ static void peer_accepted(struct conn *l, struct conn *c) {
     for (; *at != NULL; at = &(*at)->next) older++;
     *at = peer;
     if (older < PEERS_MAX) return;
-    struct peer *stranger = backend.peers;   /* the oldest goes, or else the newcomer */
-    while (stranger->next != NULL && (stranger->known || stranger->c->closing)) stranger = stranger->next;
-    conn_lost(stranger->c, "too many connections of back ends");
+    /* The oldest stranger goes; else who has not asked for anything for longest, since PHP keeps
+     * connections, and makes a new one if that has gone; or else the newcomer. */
+    struct peer *goes = peer;
+    for (struct peer *p = backend.peers; p != peer && (goes == peer || goes->known); p = p->next) {
+        bool stays = p->c->closing || (p->known && (!p->gateway || p->worker));
+        if (!stays && (goes == peer || !p->known || p->c->heard_ms < goes->c->heard_ms)) goes = p;
+    }
+    conn_lost(goes->c, "too many connections of back ends");
 }
 
 /* The worker behind this one, or the first; NULL: there is none. */

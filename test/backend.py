@@ -1217,6 +1217,27 @@ def brackets_behind_the_end(s, name, session):
     check(texts(inner, ann) == [])
 
 
+KEPT = 300   # more than the 256 that there may be
+
+
+@case(rows=[("without a key", None), ("with a key", "sekret")])
+def connections_that_are_kept(name, key):
+    """PHP keeps connections that it seldom uses; when there are too many, the one that rested longest makes room."""
+    with Server(*BOTH) if key is None else keyed(key) as s:
+        worker, watcher, busy = Worker(s, "w:1", key or ""), Register(s), Inner(s, key)
+        watcher.ask(key or "")
+        busy.fence()
+        kept = [busy]
+        for _ in range(KEPT):
+            kept.append(Inner(s, key).fence())
+            busy.fence()
+        kept[1].expect_end()
+        for inner in kept[KEPT - 200:]:
+            inner.fence()
+        check(watcher.ask(key or "") == [s.gateway])
+        check(worker.ask(COUNT_BY_GROUP) == "i:0;")
+
+
 @case()
 def objects_need_a_key():
     """Who has the key may keep objects; references and the like nobody."""
