@@ -893,6 +893,7 @@ struct conn {
     short events;                  /* what it waits for */
     bool dirty : 1, closing : 1, swept : 1, fin_sent : 1, eof : 1, lost : 1;
     bool parked : 1;                           /* in the epoll set */
+    bool first : 1;                            /* it is heard before the others that are parked */
     bool blocked : 1;                          /* the kernel's send buffer is full */
     bool spoke : 1;                            /* something was sent: it is connected, and TLS has begun */
     bool muted : 1;                            /* TLS must read before it can write */
@@ -991,7 +992,10 @@ static void unpark(const struct conn *c) { epoll_ctl(loop.epoll, EPOLL_CTL_DEL, 
 static void park_ready(void (*ready)(struct conn *c, short events)) {
     struct epoll_event e[PARKED_READY];
     int n = epoll_wait(loop.epoll, e, PARKED_READY, 0);
-    for (int i = 0; i < n; i++) ready(e[i].data.ptr, (short)e[i].events);
+    for (int k = 0; k < 2 * n; k++) {   /* all `first` ones, then the others */
+        struct conn *c = e[k % n].data.ptr;
+        if (c->first == (k < n)) ready(c, (short)e[k % n].events);
+    }
 }
 #else
 static bool park(struct conn *c) { return (void)c, false; }
@@ -6264,6 +6268,7 @@ static void worker_connect(struct conn *c, slice name) {
     static const uint8_t here[] = {127, 0, 0, 1};
     struct peer *peer = c->state;
     peer->worker = true;
+    c->first = true;   /* it asks by another connection: what it ordered before that has to be done then */
     if (memcmp(backend.address, here, sizeof here) != 0) peer->ping_ms = now.ms + PEER_PING_MS;
     buf_clear(&peer->name);
     buf_add(&peer->name, name);

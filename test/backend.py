@@ -19,6 +19,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -1561,6 +1562,23 @@ def workers_close_and_kick(s):
     event = worker.event(ON_CLOSE)
     check((event.conn, event.ext, event.body) == (resets.conn, php({"k": "v"}), b""), event)
     worker.none()
+
+
+@gateway()
+def worker_asks(s):
+    """What a worker has ordered is done when it asks, though it asks by another connection, and asked before."""
+    ann = join(s, "room", "Ann")
+    worker, asks = Worker(s, "w:1").fence(), Inner(s).fence()
+    for cmd, count in [(JOIN_GROUP, "i:1;"), (LEAVE_GROUP, "i:0;")] * 3:
+        os.kill(s.process.pid, signal.SIGSTOP)
+        os.waitpid(s.process.pid, os.WUNTRACED)
+        asks.tell(COUNT_BY_GROUP)
+        worker.tell(cmd, ann, "news")
+        asks.tell(COUNT_BY_GROUP, ext="news")
+        os.kill(s.process.pid, signal.SIGCONT)
+        check(asks.reply() == "i:1;", "there is one client")
+        got = asks.reply()
+        check(got == count, "after", cmd, "it says", got)
 
 
 @gateway()
