@@ -342,6 +342,8 @@ function run(array $arguments): void
     }
     if ($library !== '') {
         require $library;
+        /* A kept connection may hold back what it sends (Nagle), and a question on a new one overtakes it. */
+        stream_context_set_default(['socket' => ['tcp_nodelay' => true]]);
         $client = 'GatewayClient\Gateway';
         $client::$registerAddress = $register;
         $client::$secretKey = $key;
