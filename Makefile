@@ -7,7 +7,7 @@ SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -
 xchat: xchat.c
 	$(CC) -O2 $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ xchat.c -lssl -lcrypto
 
-.PHONY: run test faults asan valgrind fuzz bench abuse soak install clean
+.PHONY: run test faults asan valgrind coverage fuzz bench abuse soak install clean
 run: xchat
 	./xchat
 
@@ -26,6 +26,9 @@ valgrind:
 	mkdir -p $(B)
 	$(CC) -g -O1 -DXCHAT_NO_LANDLOCK -o $(B)/xchat-valgrind xchat.c -lssl -lcrypto
 	XCHAT=$(B)/xchat-valgrind XCHAT_SLOW=8 sh test/run --valgrind
+
+coverage:
+	python3 test/coverage
 
 fuzz:
 	sh test/run --fuzz
