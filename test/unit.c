@@ -14,18 +14,24 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static ssize_t fake_recv(int fd, void *p, size_t n, int flags);
 static ssize_t fake_send(int fd, const void *p, size_t n, int flags);
 static ssize_t fake_write(int fd, const void *p, size_t n);
 static int fake_getpeername(int fd, struct sockaddr *sa, socklen_t *len);
+struct addrinfo;
+static int fake_getaddrinfo(const char *host, const char *port, const struct addrinfo *hints, struct addrinfo **list);
+static void fake_freeaddrinfo(struct addrinfo *list);
 _Noreturn static void fake_exit(int status);
 
 #define recv fake_recv
 #define send fake_send
 #define write fake_write
 #define getpeername fake_getpeername
+#define getaddrinfo fake_getaddrinfo
+#define freeaddrinfo fake_freeaddrinfo
 #define exit fake_exit
 #define main xchat_main
 #include "../xchat.c"
@@ -33,6 +39,8 @@ _Noreturn static void fake_exit(int status);
 #undef send
 #undef write
 #undef getpeername
+#undef getaddrinfo
+#undef freeaddrinfo
 #undef exit
 #undef main
 
@@ -153,7 +161,7 @@ static ssize_t fake_send(int fd, const void *p, size_t n, int flags) {
 }
 
 static ssize_t fake_write(int fd, const void *p, size_t n) {
-    (void)fd;
+    if (fd != STDERR_FILENO) return write(fd, p, n);
     fake.log_len = n < sizeof fake.log ? n : sizeof fake.log;
     memcpy(fake.log, p, fake.log_len);
     return (ssize_t)n;
@@ -163,6 +171,22 @@ static int fake_getpeername(int fd, struct sockaddr *sa, socklen_t *len) {
     memcpy(sa, &wire_of(fd)->peer, *len = sizeof wires[0].peer);
     return 0;
 }
+
+/* "three" has three addresses, whose ports tell them apart; no other name has any. */
+static int fake_getaddrinfo(const char *host, const char *port, const struct addrinfo *hints, struct addrinfo **list) {
+    static struct addrinfo ai[3];
+    static struct sockaddr_in sa[3];
+    (void)port, (void)hints;
+    for (int i = 0; i < 3; i++) {
+        sa[i] = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons((uint16_t)(1 + i))};
+        ai[i] = (struct addrinfo){.ai_family = AF_INET, .ai_addr = (void *)&sa[i], .ai_addrlen = sizeof *sa};
+        ai[i].ai_next = i < 2 ? &ai[i + 1] : NULL;
+    }
+    *list = ai;
+    return strcmp(host, "three") == 0 ? 0 : EAI_NONAME;
+}
+
+static void fake_freeaddrinfo(struct addrinfo *list) { (void)list; }
 
 _Noreturn static void fake_exit(int status) {
     if (fake.catching) longjmp(fake.back, status + 1);
@@ -225,6 +249,7 @@ static void test_slices(void) {
     CHECK(slice_eq(S("a\0b"), S("a\0b")), "equal with a NUL");
     CHECK(!slice_eq(S("a\0b"), S("a\0c")) && !slice_eq(S("a"), S("ab")), "not equal");
     CHECK(slice_eqcase(S("aZ[@"), S("Az[@")), "equal but for case");
+    for (const char *c = "`a9{ |~", *want = "`A9{ |~"; *c != '\0'; c++, want++) CHECK(upper(*c) == *want, "upper '%c'", *c);
     CHECK(!slice_eqcase(S("["), S("{")) && !slice_eqcase(S("@"), S("`")), "no letters");
     CHECK(!slice_eqcase(S("a"), S("aa")) && !slice_eqcase(S("\xc9"), S("\xe9")), "other letters");
     CHECK(slice_starts(S("ab"), S("")) && slice_starts(S("ab"), S("ab")), "starts");
@@ -416,7 +441,7 @@ static void test_json_wrong(void) {
         "-Infinity", "undefined", "tru", "True", "nul", "nulll", "truefalse", "false0", "~a~", "a",
         "'", "'a", "'\\'", "'\\", "'\\x41'", "'\\~'", "'\\U0041'", "'\\u'", "'\\u12'", "'\\u12G4'",
         "'\\u+123'", "'\\u 123'", "'\\@'", "'\\ud800'", "'\\udc00'", "'\\ud800\\ud800'",
-        "'\\ud800x'", "'\\ud800\\n'", "'\\ud800\\u0041'", "'\\ude00\\ud83d'", "'\\ud83d\\u'",
+        "'\\ud800x'", "'\\ud800u12345'", "'\\ud800\\n'", "'\\ud800\\u0041'", "'\\ude00\\ud83d'", "'\\ud83d\\u'",
         "'\\ud800\\udbff'", "'\\ud800\\ue000'", "'\\ud83d\\ude0'", "'@'", "'\x01'", "'\x1f'",
         "'\n'", "'\t'", "'a' 'b'", "[", "]", "[1,]", "[,1]", "[,]", "[1 2]", "[1,,2]", "[1}",
         "[1:2]", "['a':1]", "[[]", "[]]", "{", "{]", "{'a'}", "{'a':}", "{'a':1,}", "{,}",
@@ -674,6 +699,87 @@ static void test_addresses(void) {
     }
 }
 
+/* What dial() has said. */
+static struct {
+    int calls, with;   /* with a connection */
+    const char *why;
+} dialed;
+
+static void dialed_done(struct conn *c, const char *why) {
+    dialed.calls++, dialed.with += c != NULL, dialed.why = why;
+    if (c != NULL) conn_lost(c, "test over");
+}
+
+/* Begins; to read from what is returned is to wait for the child. */
+static struct conn *dialing(struct dial *d) {
+    dial(d);
+    struct conn *c = loop.conn[loop.n - 1];
+    fcntl(c->fd, F_SETFL, 0);
+    return c;
+}
+
+/* Which of its addresses is taken changes with each attempt; who has none is not waited for. */
+static void test_dial(void) {
+    static const struct proto none = {.name = "dialed"};
+    struct address a;
+    struct dial d = {"three", "1", .proto = &none, .done = dialed_done};
+    for (d.attempt = 0; d.attempt < 7; d.attempt++) {
+        struct conn *c = dialing(&d);
+        CHECK(d.busy && recv(c->fd, &a, sizeof a, MSG_WAITALL) == (ssize_t)sizeof a && a.n == 3, "no address");
+        int port = ntohs(((struct sockaddr_in *)(void *)&a.sa)->sin_port);
+        CHECK(port == (int)d.attempt % 3 + 1, "attempt %u takes address %d", d.attempt, port);
+        c->state = NULL;
+        conn_lost(c, "test over"), loop_settle();
+    }
+    d.host = "none", d.busy = false;
+    struct conn *c = dialing(&d);
+    conn_read(c), loop_settle();
+    CHECK(!d.busy && dialed.calls == 1 && strstr(dialed.why, "no address") != NULL, "%d calls", dialed.calls);
+    while (waitpid(-1, NULL, WNOHANG) > 0) continue;
+    check_empty();
+}
+
+/* What comes of an address, which may come in pieces. */
+static void test_dial_feed(void) {
+    static const struct {
+        int family, error;
+        const char *path;
+    } cases[] = {{AF_UNIX, ENOENT, "/nosuch/socket"}, {AF_UNSPEC, EAFNOSUPPORT, ""}, {AF_INET, 0, NULL}};
+    static const struct proto none = {.name = "dialed"};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct dial d = {"host", "1", .proto = &none, .done = dialed_done, .busy = true};
+        struct address a = {.len = sizeof(struct sockaddr_un), .n = 2};
+        int listener = cases[i].path == NULL ? socket(AF_INET, SOCK_STREAM, 0) : -1;
+        a.sa.ss_family = (sa_family_t)cases[i].family;
+        if (cases[i].path != NULL) memcpy(((struct sockaddr_un *)(void *)&a.sa)->sun_path, cases[i].path, strlen(cases[i].path));
+        else {
+            ((struct sockaddr_in *)(void *)&a.sa)->sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+            a.len = sizeof(struct sockaddr_in);
+            CHECK(bind(listener, (struct sockaddr *)&a.sa, a.len) == 0 && listen(listener, 1) == 0, "no listener");
+            CHECK(getsockname(listener, (struct sockaddr *)&a.sa, &a.len) == 0, "no port");
+        }
+        memset(&dialed, 0, sizeof dialed);
+        struct conn *c = wire_open(0, &dial_proto, &d);
+        wire_feed(c, (slice){(char *)&a, 5});
+        CHECK(dialed.calls == 0 && d.busy, "case %zu: half an address is one", i);
+        wire_feed(c, (slice){(char *)&a + 5, sizeof a - 5});
+        bool good = cases[i].error == 0;
+        CHECK(dialed.calls == 1 && dialed.with == good && !d.busy && d.addresses == 2, "case %zu", i);
+        CHECK(d.attempt == (good ? 0 : 1), "case %zu: the next address is number %u", i, d.attempt);
+        if (!good) check_text("why", slice_of(dialed.why), slice_of(strerror(cases[i].error)));
+        if (listener >= 0) close(listener);
+        check_empty();
+    }
+}
+
+/* A passphrase that does not fit is none; without one OpenSSL must not ask at the terminal. */
+static void test_passphrase(void) {
+    char text[8] = "......", phrase[] = "1234";
+    CHECK(tls_passphrase(text, 3, 0, phrase) == -1 && text[0] == '.', "too long");
+    CHECK(tls_passphrase(text, 4, 0, NULL) == -1 && text[0] == '.', "none");
+    CHECK(tls_passphrase(text, 4, 0, phrase) == 4 && memcmp(text, "1234.", 5) == 0, "it fits");
+}
+
 static void test_cidr(void) {
     static const struct {
         const char *cidr, *in[3], *out[3];
@@ -719,6 +825,7 @@ static void test_origins(void) {
          "http://chat.example.evil:7272", "null", "http://chat.example:", "http://chat.example:1x", "file://", "http://:1",
          "http://xchat.example:7272", "ftp://chat.example:1"}, false},
         {NULL, "[::1]:7272", {"+http://[::1]:1", "+http://[::1]", "http://[::2]:7272", "http://[::1"}, false},
+        {NULL, "2130706433:80", {"+http://2130706433", "+http://2130706433:1", "http://2130706434", "http://80"}, false},
         {NULL, "192.0.2.1", {"+http://192.0.2.1:80", "http://192.0.2.11", "http://192.0.2."}, false},
         {NULL, "chat.example", {"+https://chat.example:1", "+http://chat.example", "http://chat.example.evil:1"}, true},
         {"x://y", "chat.example:7272", {"+", "+http://chat.example:7272", "+https://chat.example:7272", "+HTTP://Chat.Example:7272",
@@ -866,7 +973,7 @@ static const struct {
     {"DELETE /%00/../\xe4|200", {"DELETE /%00/../\xe4 HTTP/1.1|Host: a||"}},
     {"400", {   /* the first line */
         "\rG", "\n", " GET / HTTP/1.1|", "GET  / HTTP/1.1|", "GET /  HTTP/1.1|", "GET / HTTP/1.1 |",
-        "GET /|", "GET|", "GET / HTTP/1.2|", "GET / HTTP/2.0|", "GET / http/1.1|",
+        "GET /|", "GET|", "G|", "|G|", "GET / HTTP/1.2|", "GET / HTTP/2.0|", "GET / http/1.1|",
         "GET / HTTP/1.1\n", "GET a HTTP/1.1|", "GET * HTTP/1.1|", "GET http://a/ HTTP/1.1|",
         "G\xc3\xa4T / HTTP/1.1|", "G(T / HTTP/1.1|", "GET /\x01 HTTP/1.1|", "GET /\x7f HTTP/1.1|",
         "GET /a\tb HTTP/1.1|", "GET /@ HTTP/1.1", "PRI * HTTP/2.0||SM||", "\x16\x03\x01\x02",
@@ -916,6 +1023,32 @@ static void test_http(void) {
     const char *accept = "\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n";
     CHECK(strstr(sent.p, accept) != NULL, "the example of the RFC");
     buf_free(&sent), buf_free(&got);
+}
+
+/* What becomes of who does not ask, or read, in time. */
+static void test_http_late(void) {
+    static const struct {
+        const char *says;
+        size_t takes;      /* of the answer */
+        const char *sent;  /* its beginning */
+    } cases[] = {
+        {"", SIZE_MAX, ""}, {"GET / HT", SIZE_MAX, "HTTP/1.1 408 "}, {GET "|", SIZE_MAX, "HTTP/1.1 200 "}, {GET "|", 12, "HTTP/1.1 200"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct conn *c = wire_open(0, NULL, NULL);
+        http_accepted(&tape_listener, c);
+        wires[0].takes = cases[i].takes;
+        wire_feed(c, spelled(cases[i].says));
+        now.ms = c->deadline_ms - 1, loop_tick(), loop_settle();
+        CHECK(!c->closing, "case %zu: too soon", i);
+        now.ms += 1, loop_tick();
+        CHECK(c->closing && c->lost == (cases[i].takes == 12), "case %zu: it may stay", i);
+        loop_settle();
+        slice sent = buf_slice(&wires[0].out), want = slice_of(cases[i].sent);
+        CHECK(slice_starts(sent, want) && (want.len > 0 || sent.len == 0), "case %zu: %s", i, show(sent));
+        if (loop.n > 0) wire_close(c);
+        check_empty();
+    }
 }
 
 /* Who is it, behind a proxy? 10/8 and fd00::/8 are ours. */
@@ -2384,8 +2517,8 @@ static const struct {
 } tests[] = {
     TEST(slices), TEST(numbers), TEST(buffers), TEST(log), TEST(utf8), TEST(utf8_exhaustive),
     TEST(json), TEST(json_wrong), TEST(json_depth), TEST(json_pick), TEST(json_text), TEST(json_each),
-    TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(cidr), TEST(origins), TEST(callers),
-    TEST(http), TEST(forwarded), TEST(frames), TEST(frame_sizes),
+    TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(dial), TEST(dial_feed), TEST(passphrase), TEST(cidr), TEST(origins), TEST(callers),
+    TEST(http), TEST(http_late), TEST(forwarded), TEST(frames), TEST(frame_sizes),
     TEST(rooms_memory), TEST(rooms_stop), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
     TEST(room_get), TEST(rooms_order),
     TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(replay), TEST(silence),
