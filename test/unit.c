@@ -2446,6 +2446,236 @@ static void test_push_who(void) {
     opt.apns = NULL;
 }
 
+/* Gives back all pushes, and all devices that are there once. */
+static void push_clear(void) {
+    while (push.queue.n > 0) push_free(queue_take(push.queue.first));
+    while (push.later.n > 0) push_free(queue_take(push.later.first));
+    for (size_t i = 0; push.devices.n > 0; i = (i + 1) % push.devices.cap) {
+        struct device *d = push.devices.slot[i];
+        if (d != NULL && d->first != NULL) push_forget(d);
+        else if (d != NULL) push_offline(d);
+    }
+    CHECK(push.audiences.n == 0, "%zu audiences are left", push.audiences.n);
+    memset(push.count, 0, sizeof push.count);
+    opt.apns = NULL;
+}
+
+static void push_begin(void) {
+    opt.apns = "https://unit";
+    push.devices.key = device_key, push.audiences.key = audience_key;
+}
+
+/* Of the rooms of a phone the oldest goes, and so it is with pushes; a phone that is one too many is
+ * not kept. */
+static void test_push_limits(void) {
+    char text[40];
+    push_begin();
+    struct device *d = push_online(S("aaaaaaaa"), S(""));
+    for (int i = 0; i <= ROOMS_PER_CLIENT; i++) {
+        snprintf(text, sizeof text, "rooms/%d", i);
+        struct subscription *s = device_join(d, slice_of(text));
+        CHECK(s == device_join(d, slice_of(text)), "%s twice", text);
+    }
+    CHECK(push.audiences.n == ROOMS_PER_CLIENT, "%zu rooms", push.audiences.n);
+    CHECK(table_find(&push.audiences, S("rooms/0")) == NULL && table_find(&push.audiences, S("rooms/1")) != NULL, "the wrong one");
+    push_offline(d);
+
+    for (unsigned i = 1; i < DEVICES_MAX; i++) {
+        snprintf(text, sizeof text, "%08x", i);
+        CHECK(push_online(slice_of(text), S("")) != NULL, "phone %u", i);
+    }
+    CHECK(push_online(S("bbbbbbbb"), S("")) == NULL && push.devices.n == DEVICES_MAX, "one too many");
+    struct device *again = push_online(S("00000001"), S(""));
+    CHECK(again != NULL && again->online == 2, "one of them again");
+    push_offline(again);
+
+    push_show(S("cccccccc"), S(""), S(""), S("x"));
+    for (int i = 1; i < PUSH_QUEUE; i++) push_show(S("dddddddd"), S(""), S(""), S("x"));
+    struct push *first = push.later.first;
+    CHECK(push.later.n == PUSH_QUEUE && slice_starts(buf_slice(&first->token), S("cc")), "%u pushes", push.later.n);
+    push_show(S("eeeeeeee"), S(""), S(""), S("x"));
+    CHECK(push.later.n == PUSH_QUEUE && push.count[OVERFLOWED] == 1, "%u pushes", push.later.n);
+    CHECK(slice_starts(buf_slice(&push.later.first->token), S("dd")), "the oldest is kept");
+    CHECK(slice_starts(buf_slice(&push.later.last->token), S("ee")), "the newest is not kept");
+    queue_add(queue_take(push.later.last), NULL, 0);   /* what is due has waited longer */
+    push_show(S("ffffffff"), S(""), S(""), S("x"));
+    CHECK(push.queue.n == 0 && push.later.n == PUSH_QUEUE && push.count[OVERFLOWED] == 2, "what is due is kept");
+    push_clear();
+}
+
+/* A push is tried later each time, six times; not for who was there since, or has left. */
+static void test_push_again(void) {
+    static const int waits[] = {2, 10, 60, 300, 900};
+    push_begin();
+    struct push *p = push_new(S("aaaaaaaa"));
+    for (size_t i = 0; i < COUNT(waits); i++) {
+        p->status = 500;
+        push_retry(p);
+        int64_t wait = push.later.n == 1 ? push.later.first->due_ms - now.ms : 0;
+        CHECK(wait >= waits[i] * 750 && wait <= waits[i] * 1250 && p->status == 0, "try %zu: in %lld ms", i, (long long)wait);
+        queue_take(p);
+    }
+    push_retry(p);
+    CHECK(push.later.n == 0 && push.count[REFUSED] == 1 && push.count[RETRIED] == 5, "it is tried for ever");
+
+    struct device *d = push_online(S("bbbbbbbb"), S(""));
+    struct subscription *s = device_join(d, S("rooms/r"));
+    for (int way = 0; way < 4; way++) {   /* as it was; the phone was there; there is a newer one; it has left */
+        p = queue_take(push_queue(s));
+        if (way == 1) d->registered_ms++;
+        if (way == 2) push_queue(s);
+        if (way == 3) push_forget(d);
+        push_again(p, now.ms + 5);
+        CHECK(push.later.n == (way == 0 || way == 2) && (way == 3 || (s->waiting != NULL) == (way != 1)), "way %d", way);
+        if (way == 0) CHECK(s->waiting == p && p->due_ms == now.ms + 5, "it is another one");
+        while (push.later.n > 0) push_free(queue_take(push.later.first));
+    }
+    push_clear();
+}
+
+/* How long it is until the gateway is asked again. */
+static void test_gate_failed(void) {
+    static const struct {
+        bool early;
+        int wait_s;
+    } cases[] = {{false, 1}, {false, 2}, {true, 10}, {false, 8}, {true, 16}, {false, 32}, {false, 60}, {true, 60}};
+    char want[80];
+    push_begin();
+    push.fails = 0;
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        gate_failed("unit", cases[i].early);
+        snprintf(want, sizeof want, "--apns https://unit: unit; trying again in %d s\n", cases[i].wait_s);
+        fake.log[fake.log_len] = '\0';
+        CHECK(strstr(fake.log, want) != NULL, "case %zu: %s", i, fake.log);
+        int64_t wait = push.redial_ms - now.ms;
+        CHECK(wait >= cases[i].wait_s * 750 && wait <= cases[i].wait_s * 1250, "case %zu: %lld ms", i, (long long)wait);
+    }
+    push.fails = 0, push.redial_ms = 0;
+    push_clear();
+}
+
+/* Binary: what no error has come for is taken as accepted after a minute, or sooner if there is much. A gateway
+ * that takes nothing is given up, and so is a feedback service that says nothing. */
+static void test_binary_tick(void) {
+    static const struct {
+        unsigned n;
+        int64_t age_ms;
+        bool unsent;
+        unsigned left;
+        bool lost;
+    } cases[] = {
+        {3, 12 * SENT_MS - 1, false, 3, false}, {3, 12 * SENT_MS, false, 0, false},
+        {SENT_MAX + 2, SENT_MS - 1, false, SENT_MAX + 2, false}, {SENT_MAX + 2, SENT_MS, false, SENT_MAX, false},
+        {1, 90000, true, 1, false}, {1, 90001, true, 1, true},
+    };
+    push_begin();
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct gate g = {0};
+        struct conn *c = wire_open(0, &feedback_proto, &g);
+        for (unsigned n = 0; n < cases[i].n; n++) list_add(&g.sent, g.sent.last, push_new(S("aaaaaaaa")));
+        for (struct push *p = g.sent.first; p != NULL; p = p->next) p->due_ms = now.ms - cases[i].age_ms;
+        if (cases[i].unsent) buf_addc(&c->out, 'x');
+        binary_tick(c);
+        CHECK(g.sent.n == cases[i].left && c->lost == cases[i].lost, "case %zu: %u are left, lost %d", i, g.sent.n, c->lost);
+        CHECK(push.count[ACCEPTED] == cases[i].n - cases[i].left, "case %zu: accepted", i);
+        while (g.sent.n > 0) push_free(list_remove(&g.sent, g.sent.first));
+        push.count[ACCEPTED] = 0;
+        c->state = NULL, conn_lost(c, "test over"), loop_settle();
+    }
+    struct conn *c = wire_open(0, &feedback_proto, NULL);
+    now.ms += PUSH_SECONDS(30) - 1, feedback_tick(c);
+    CHECK(!c->closing, "given up too soon");
+    now.ms += 1, feedback_tick(c);
+    CHECK(c->lost, "waited for");
+    loop_settle();
+    push.proved = false, push.n_verdicts = 0;
+    push_clear();
+    check_empty();
+}
+
+/* A line of a file in --data, as data_lines() reads it. */
+static void line_read(const char *line, void (*take)(struct json_field *f), struct json_field *f, size_t n) {
+    size_t at;
+    for (size_t i = 0; i < n; i++) f[i].raw = S("");
+    slice text = spelled(line);
+    CHECK(json_pick(text, f, n, &at) == NULL, "no JSON: %s", line);
+    take(f);
+}
+
+/* What is kept of phones is taken up, and what cannot be that of one is left out. */
+static void test_device_read(void) {
+    static const struct {
+        const char *line;
+        size_t devices, rooms;
+        uint32_t pushes, unread;   /* of aaaaaaaa */
+    } cases[] = {
+        {"{'token':'aaaaaaa','at':1,'room':'rooms/r'}", 0, 0, 0, 0}, {"{'at':1,'room':'rooms/r'}", 0, 0, 0, 0},
+        {"{'token':'aaaaaaaa','at':1}", 0, 0, 0, 0}, {"{'token':'aaaaaaaa','at':1,'room':'rooms/'}", 0, 0, 0, 0},
+        {"{'token':'aaaaaaaa','at':1,'unread':3,'room':'rooms/r'}", 1, 1, 0, 3},
+        {"{'token':'aaaaaaaa','at':2,'unread':'x','room':'rooms/s'}", 1, 2, 0, 3},
+        {"{'token':'bbbbbbbb','at':1,'unread':0,'room':'rooms/r'}", 2, 2, 0, 3},
+        {"{'token':'aaaaaaaa','at':1,'unread':1,'room':'rooms/r','payload':'{}','id':'short',"
+         "'uuid':'00000000-0000-4000-8000-000000000000','expires':5}", 2, 2, 0, 1},
+        {"{'token':'aaaaaaaa','at':1,'unread':1,'room':'rooms/r','payload':'{}','id':'00000001-0000000000000001',"
+         "'uuid':'short','expires':5}", 2, 2, 0, 1},
+        {"{'token':'aaaaaaaa','at':1,'unread':1,'room':'rooms/r','payload':'{}','id':'00000001-0000000000000001',"
+         "'uuid':'00000000-0000-4000-8000-000000000000','expires':5}", 2, 2, 1, 1},
+        {"{'token':'aaaaaaaa','at':1,'unread':1,'room':'rooms/r','payload':'{}','id':'00000001-0000000000000002',"
+         "'uuid':'00000000-0000-4000-8000-000000000000','expires':5}", 2, 2, 1, 1},   /* one waits already */
+        {"{'token':'bbbbbbbb','at':0}", 1, 2, 1, 1}, {"{'token':'aaaaaaaa','at':-1}", 0, 0, 0, 0},
+    };
+    struct json_field f[] = {{.name = "token"}, {.name = "at"}, {.name = "unread"}, {.name = "uid"}, {.name = "room"},
+                             {.name = "payload"}, {.name = "id"}, {.name = "uuid"}, {.name = "expires"}};
+    char longest[200];
+    push_begin();
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        line_read(cases[i].line, device_read, f, COUNT(f));
+        CHECK(push.devices.n == cases[i].devices && push.audiences.n == cases[i].rooms && push.later.n == cases[i].pushes,
+              "case %zu: %zu phones, %zu rooms, %u pushes", i, push.devices.n, push.audiences.n, push.later.n);
+        const struct device *d = table_find(&push.devices, S("aaaaaaaa"));
+        CHECK((d != NULL ? d->unread : 0) == cases[i].unread, "case %zu: unread", i);
+        const struct push *p = push.later.first;
+        if (p != NULL) CHECK(strcmp(p->collapse, "00000001-0000000000000001") == 0 && p->uuid[14] == '4' && p->expires == 5 &&
+                             is_hex(&p->payload, "7b7d"), "case %zu: another push", i);
+    }
+    for (size_t more = 0; more < 2; more++) {
+        snprintf(longest, sizeof longest, "{'token':'aaaaaaaa','at':1,'room':'rooms/%0*d'}", ROOM_MAX_BYTES + (int)more, 0);
+        line_read(longest, device_read, f, COUNT(f));
+        CHECK(push.devices.n == 1 - more, "a room of %zu bytes", ROOM_MAX_BYTES + more);
+        push_clear(), push_begin();
+    }
+    push_clear();
+}
+
+/* The token that proves who we are is taken up again, if it is still good and of the same key. */
+static void test_jwt_read(void) {
+    static const struct {
+        const char *id, *team, *key, *jwt;
+        int age_s;
+        bool good;
+    } cases[] = {
+        {"ID", "TEAM", "00000000000000ab", "'x.y.z'", 60, true}, {"I", "TEAM", "00000000000000ab", "'x.y.z'", 60, false},
+        {"ID", "TEA", "00000000000000ab", "'x.y.z'", 60, false}, {"ID", "TEAM", "00000000000000ac", "'x.y.z'", 60, false},
+        {"ID", "TEAM", "00000000000000ab", "[]", 60, false}, {"ID", "TEAM", "00000000000000ab", "'x.y.z'", -60, false},
+        {"ID", "TEAM", "00000000000000ab", "'x.y.z'", JWT_MS / 1000 + 1, false},
+        {"ID", "TEAM", "00000000000000ab", "'x.y.z'", JWT_MS / 1000 - 60, true},
+    };
+    struct json_field f[] = {{.name = "key_id"}, {.name = "team_id"}, {.name = "iat"}, {.name = "jwt"}, {.name = "key"}};
+    opt.apns_key_id = "ID", opt.apns_team_id = "TEAM", push.key_hash = 0xab;
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        char line[200];
+        buf_free(&push.jwt);
+        snprintf(line, sizeof line, "{'key_id':'%s','team_id':'%s','key':'%s','jwt':%s,'iat':%lld}", cases[i].id, cases[i].team,
+                 cases[i].key, cases[i].jwt, (long long)(wall_ms() / 1000 - cases[i].age_s));
+        line_read(line, jwt_read, f, COUNT(f));
+        CHECK((push.jwt.len > 0) == cases[i].good, "case %zu", i);
+        int64_t age_ms = now.ms - push.jwt_ms - cases[i].age_s * 1000;
+        if (cases[i].good) CHECK(age_ms >= 0 && age_ms < 5000, "case %zu: its age is off by %lld ms", i, (long long)age_ms);
+    }
+    buf_free(&push.jwt);
+    push.key_hash = 0;
+}
+
 /* Who becomes another user leaves the inbox of the first, and so does the phone. */
 static void test_identify(void) {
     struct conn *c = chatter(0);
@@ -2524,6 +2754,7 @@ static const struct {
     TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(replay), TEST(silence),
     TEST(base64url), TEST(pass_rfc), TEST(pass), TEST(pass_forged), TEST(identify),
     TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(push_who), TEST(push_alert),
+    TEST(push_limits), TEST(push_again), TEST(gate_failed), TEST(binary_tick), TEST(device_read), TEST(jwt_read),
     TEST(php_valid), TEST(php_depth), TEST(php_key), TEST(php_json), TEST(php_merge), TEST(form), TEST(option_ranges),
     TEST(option_forms),
 };
