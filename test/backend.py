@@ -390,9 +390,10 @@ def join_pings():
 
 @case()
 def join_is_silent():
-    """To one on this machine it says its address, and again when it has lost it; nothing else."""
+    """To one on this machine it says its address, and again when it has lost it; nothing else, whatever it hears."""
     with joined("127.0.0.1") as (faults, listener, s):
         sock, lines = first_line(listener, s)
+        sock.sendall(b'{"event":"broadcast_addresses","addresses":[]}\n' * 3)   # of no interest
         half = Inner(s)
         half.send(packet(IS_ONLINE)[:-1])
         Inner(s).fence()
@@ -413,6 +414,11 @@ def join_is_silent():
     ("reachable", ["--gateway", "192.0.2.1:0"], 2, ["--gateway", "--gateway-key-file"]),
     ("reachable register", ["--register", "0.0.0.0:0"], 2, ["--register", "--gateway-key-file"]),
     ("nothing to join with", ["--join", "127.0.0.1:1"], 2, ["--join", "--gateway"]),
+    ("no port to join", [*GATEWAY, "--join", "127.0.0.1"], 2, ["--join", "HOST:PORT"]),
+    ("port 0 to join", [*GATEWAY, "--join", "127.0.0.1:0"], 2, ["--join", "HOST:PORT"]),
+    ("port 65536 to join", [*GATEWAY, "--join", "127.0.0.1:65536"], 2, ["--join", "HOST:PORT"]),
+    ("no host to join", [*GATEWAY, "--join", ":1236"], 2, ["--join", "HOST:PORT"]),
+    ("a long host to join", [*GATEWAY, "--join", "x" * 256 + ":1236"], 2, ["--join", "HOST:PORT"]),
     ("no key file", [*GATEWAY, "--gateway-key-file", "/nonexistent"], 1, ["--gateway-key-file", "/nonexistent"]),
     ("an empty one", [*GATEWAY, "--gateway-key-file", "/dev/null"], 1, ["--gateway-key-file", "/dev/null"]),
     ("one without end", [*GATEWAY, "--gateway-key-file", "/dev/zero"], 1, ["--gateway-key-file", "/dev/zero"]),
@@ -1048,6 +1054,34 @@ def taken_out_of_ones_room(s):
 
 
 @gateway()
+def login_when_in_many_rooms(s):
+    """However many groups it is in, a place is left for the room of its login and one for its inbox, whichever is first."""
+    inner = Inner(s)
+    for first in True, False:
+        ann, conn = stranger(s, inner)
+        if first:
+            inner.tell(BIND_UID, conn, "ann")
+        for i in range(70):
+            inner.tell(JOIN_GROUP, conn, f"g{i}")
+        inner.fence()
+        ann.login("Ann", "room")
+        if not first:
+            inner.tell(BIND_UID, conn, "ann")
+        check(inner.ask(COUNT_BY_GROUP, ext="room") == "i:1;", "it is not in its room")
+        ann.say("a letter", to=None, to_uid="ann", ref="1")
+        check({ann.expect("say")["to_uid"] for _ in range(2)} == {"ann"}, "one comes by the inbox, the other as an answer")
+        ann.close()
+        until(lambda: inner.ask(COUNT_BY_GROUP, ext="room") == "i:0;", "it does not go")
+    full, conn = stranger(s, inner)
+    for i in range(70):   # it speaks in one after the other, and stays in each
+        inner.tell(SET_SESSION, conn, php({"room_id": f"r{i}", "client_name": "Bob"}))
+    check(inner.ask(COUNT_BY_GROUP, ext="r63") == "i:1;" and inner.ask(COUNT_BY_GROUP, ext="r64") == "i:0;", "in 64 rooms")
+    full.send_json(type="login", client_name="Bob", room_id="new", ref="2")
+    full.expect_error("limit", "63 rooms", ref="2")
+    check(inner.ask(COUNT_BY_GROUP, ext="new") == "i:0;", "it is in one more")
+
+
+@gateway()
 def moved_when_in_62_rooms(s):
     """There is a place left for the room that a session names."""
     ann, inner = join(s, "1", "Ann"), Inner(s)
@@ -1539,6 +1573,21 @@ def workers_share(s):
     other.login("Other", "room")
     ann.close()
     other.expect("logout", from_client_name="Ann")
+
+
+@gateway()
+def workers_take_out(s):
+    """A worker takes its client out of the room of its session, which stays; it is for the worker to tell others."""
+    early, worker = join(s, "room", "Early"), Worker(s, "w:1").fence()
+    ann, session = worker.newcomer(), php({"room_id": "room", "client_name": "Ann"})
+    worker.tell(SET_SESSION, ann.conn, session)
+    check(worker.ask(COUNT_BY_GROUP, ext="room") == "i:2;", "it is not in the room")
+    worker.tell(LEAVE_GROUP, ann.conn, "room")
+    check(worker.ask(COUNT_BY_GROUP, ext="room") == "i:1;", "it is in the room still")
+    check(worker.session(ann.conn) == session, worker.session(ann.conn))
+    early.say("alone")
+    early.expect("say", content="alone")
+    expect_nothing(early, ann)
 
 
 @gateway()
