@@ -2069,6 +2069,67 @@ def failing_sync():
 
 
 @case()
+def directories_that_cannot_be_synced():
+    """With --fsync a new file counts once its directory is on disk: before, nothing was said, and no file stays."""
+    with faulty("--fsync") as (s, d, faults):
+        ann = join(s, "new", "Ann")
+        faults.fail("fsync", errno.EIO)
+        for _ in range(2):
+            ann.say("lost", ref="lost")
+            ann.expect_error("storage", ref="lost")
+        check(not segments(d, "new"), "left are", segments(d, "new"))
+        s.wait_log("rooms/new cannot be stored: Input/output error")
+        faults.none()
+        said = talk(ann, 2)
+        same(parsed(stored_lines(d, "new")), said)
+        faults.fail("fsync", errno.EIO)
+        other = os.path.join(d, "other")
+        status, _, err = run("--data", other, "--fsync", env=faults.env)
+        check(status == 1 and re.search("--data.*Input/output error", err), status, err)
+
+
+@case()
+def torn_line_that_stays():
+    """A torn line that cannot be cut off is said to be; nothing is stored behind it, until it can be."""
+    with faulty() as (s, d, faults):
+        laid = lay(d, "torn", [*WORDS, b'{"type":"say","fro'])
+        faults.truncate_errno = errno.EIO
+        eve = Entry(s, "torn", history=50)
+        same(eve.messages, laid)
+        s.wait_log("(?s)18 bytes of a torn last line.*rooms/torn/.*Input/output error")
+        eve.client.say("lost", ref="lost")
+        eve.client.expect_error("storage", ref="lost")
+        faults.none()
+        laid += talk(eve.client, 2)
+        same(parsed(stored_lines(d, "torn")), laid)
+
+
+@case()
+def files_that_go():
+    """Files of a room are removed while it is in use: what is newer is still there, and more can be said."""
+    with directory() as d, Server("--data", d, "--rate", "0", "--segment", "4096") as s:
+        ann = join(s, "room", "Ann")
+        said = [m for _ in range(20) for m in talk(ann, 5)]   # a round has one write, to one file
+        files = segments(d, "room")
+        check(len(files) > 3, "few files", files)
+        Entry(s, "other", history=5, name="Bob").client.say("what was read last is of another room")
+        os.unlink(files[1][1])
+        left = [m for m in said if place(m["id"]) > files[2][0]]
+        same(Entry(s, "room", history=200).messages, left, "after one has gone:")
+        s.wait_log(re.escape(files[1][1][len(d) + 1:]) + " is gone")
+        eve = Entry(s, "room", since=said[0]["id"])
+        check(eve.recovered is False, "recovered")
+        same(eve.messages, left, "since the first:")
+        shutil.rmtree(room_path(d, "room"))
+        new = talk(ann, 2)
+        same(parsed(stored_lines(d, "room")), new, "in a new file:")
+        same(Entry(s, "room", history=200).messages, new, "after all have gone:")
+        eve = Entry(s, "room", since=said[-1]["id"])
+        check(eve.recovered is True, "who had heard all has missed nothing")
+        same(eve.messages, new, "since the last:")
+
+
+@case()
 def cannot_cut():
     """A write fails half-way, and the half cannot be removed: later lines do not suffer from it."""
     with faulty() as (s, d, faults):
