@@ -842,6 +842,7 @@ def push():
         for fields in {"room": "nobody", "message": "secret"}, {"uid": "nobody", "message": "secret"}:
             check(good(s, "push", **fields) == {"phones": 0}, fields)
         for fields in ({"room": "1"}, {"message": "secret"}, {"room": "1", "uid": "u", "message": "secret"},
+                       {"room": "", "message": "secret"}, {"uid": "0", "message": "secret"}, {"uid": "x" * 129, "message": "secret"},
                        {"device_token": "xyz", "message": "secret"}, {"device_token": "", "message": "secret"},
                        {"device_token": a[:-1], "message": "secret"}, {"device_token": "a" * 1000, "message": "secret"},
                        {"room": "1", "device_token": a, "message": "secret"}, {"room": "1", "message": {"a": 1}}):

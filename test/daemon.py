@@ -323,6 +323,24 @@ def sockets_are_given():
 
 
 @case()
+def sockets_that_are_given_speak_tls():
+    """As those of --bind do, if there is a certificate, but for those of this machine alone."""
+    with place() as directory, socket.socket() as tcp, socket.socket(socket.AF_UNIX) as local:
+        tcp.bind(("127.0.0.1", 0))
+        local.bind(directory + "/chat")
+        for sock in tcp, local:
+            sock.listen(5)
+        with given(tcp, local) as how, Server("--tls-cert", CERTIFICATE, **how) as s:
+            s.wait_log(r"(?s)listening on 127\.0\.0\.1:\d+ \(TLS\) \(given\).*listening on unix \(given\)")
+            check(s.tls == [True, False], s.tls)
+            chats(s)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(directory + "/chat")
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                check(b"ok\n" in client.recv(999), "not in plain text")
+
+
+@case()
 def sockets_of_another():
     """Variables for another process are not ours; a descriptor that does not listen is refused."""
     with Server(env={"LISTEN_FDS": "3", "LISTEN_PID": "1"}) as s:

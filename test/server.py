@@ -103,6 +103,9 @@ def not_a_number(name, text):
     ("proxy /129", ["--trust-proxy", "::/129"], "--trust-proxy"),
     ("proxy /-1", ["--trust-proxy", "10.0.0.0/-1"], "--trust-proxy"),
     ("proxy /", ["--trust-proxy", "10.0.0.0/"], "--trust-proxy"),
+    ("a long key id", ["--apns-key-id", "x" * 33], "--apns-key-id: longer than 32"),
+    ("a long team id", ["--apns-team-id=" + "x" * 33], "--apns-team-id: longer than 32"),
+    ("a long topic", ["--apns-topic", "x" * 256], "--apns-topic: longer than 255"),
     ("proxy /8x", ["--trust-proxy", "10.0.0.0/8x"], "--trust-proxy"),
 ])
 def wrong_options(name, options, word):
@@ -139,6 +142,7 @@ def cannot_start():
     with Server() as s:
         refused(1, f"--port {s.port}: Address already in use", "--port", s.port)
         refused(1, "192.0.2.1", "--bind", "192.0.2.1")
+        refused(1, "--bind a..b, --port", "--bind", "a..b")   # which no name can be
         refused(1, "/nosuch/socket.*: No such file", "--bind", "unix:/nosuch/socket")
         join(s, "room", "Ann")
 
@@ -385,6 +389,10 @@ def stale_unix_socket():
         refused(1, path, "--bind", "unix:" + path)
         with open(path) as file:
             check(file.read() == "precious", "the file was overwritten")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:   # which cannot be connected to either
+            other.bind(directory + "/log")
+            refused(1, directory + "/log", "--bind", "unix:" + directory + "/log")
+            check(os.path.exists(directory + "/log"), "another program's socket was removed")
 
 
 @case()
@@ -409,6 +417,16 @@ def several_listeners():
             ann, bob = join(s, "room", "Ann"), Ws(s, at=1)
             bob.login("Bob", "room")
             ann.expect("login", client_name="Bob")
+
+
+@case(*["--bind", "127.0.0.1:0"] * 16, "--admin", "127.0.0.1:0", "--gateway", "127.0.0.1:0")
+def most_listeners(s):
+    """As many as there can be: each is heard."""
+    check(len(set(s.listeners)) == 18, s.listeners)
+    for at in range(16):
+        chats(s, at)
+    with contextlib.closing(Http(s, at="admin")) as http:
+        check(http.ask("/health").status == 200)
 
 
 @case(rows=[("loopback", "127.0.0.1", "::1"), ("all addresses", "0.0.0.0", "::")])

@@ -4,6 +4,7 @@ The whole of chat.py runs over TLS too (see test/run). The certificates in this
 directory are for these tests and nothing else: everybody has their keys.
 """
 
+import base64
 import contextlib
 import functools
 import os
@@ -282,7 +283,9 @@ def files():
         with open(CERTIFICATE) as file:
             certificate, _, key = file.read().partition("-----BEGIN PRIVATE KEY-----")
         paths = {}
-        for name, text in ("cert", certificate), ("key", "-----BEGIN PRIVATE KEY-----" + key), ("empty", ""):
+        ed25519 = base64.b64encode(bytes.fromhex("302e020100300506032b657004220420") + os.urandom(32)).decode()
+        begin, end = "-----BEGIN PRIVATE KEY-----", "\n-----END PRIVATE KEY-----\n"
+        for name, text in ("cert", certificate), ("key", begin + key), ("empty", ""), ("ed25519", begin + "\n" + ed25519 + end):
             paths[name] = os.path.join(d, name)
             with open(paths[name], "w") as file:
                 file.write(text)
@@ -290,6 +293,7 @@ def files():
             join(s, "room", "Ann")
         for options in (["--tls-cert", "/nosuch/file"], ["--tls-cert", paths["empty"]], ["--tls-cert", paths["cert"]],
                         ["--tls-cert", paths["cert"], "--tls-key", OTHER], ["--tls-cert", d],
+                        ["--tls-cert", paths["cert"], "--tls-key", paths["ed25519"]],   # a key of another kind
                         ["--tls-cert", paths["cert"], "--tls-key", paths["empty"]]):
             status, _, err = run(*options)
             check(status == 1 and err.count("\n") == 1 and "--tls-cert" in err, options, status, err)
