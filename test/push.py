@@ -27,7 +27,7 @@ import threading
 import time
 
 from harness import (CERTIFICATE, DEADLINE, ROOT, SLOW, TEXT, UPGRADE, WRAP, Http, Server, Skip, Ws, case, check,
-                     close_frame, each_row, frame, get, main, run, until)
+                     close_frame, each_row, environment, frame, get, main, run, until)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KEY = os.path.join(HERE, "apns.p8")
@@ -728,6 +728,22 @@ def goaway(gateway, s, name, before):
     check("Shutdown" in s.log(), "the reason is not in the log")
 
 
+@pushing(quick=True, rows=[("an error", {}, {"code": 11}), ("nothing was looked at", {}, {"last": 0})])
+def goaway_for_good(gateway, s, name, how):
+    """A gateway that does not want us is asked again after a while; nothing is lost."""
+    phones(s, 1)
+    gateway.tell("rules", answer={"hold": True})
+    tell(s, "secret")
+    gateway.wait(1, "request")
+    gateway.tell("rules", answer={"status": 200})
+    gateway.tell("goaway", **how, close=True)
+    s.wait_log("it does not want us; trying again in 1 s")
+    first, again = gateway.wait(2, "request")
+    check(again["conn"] != first["conn"] and ids([again]) == ids([first]), first, again)
+    s.settle()
+    check(s.metric("ok_total") == 1, s.metrics())
+
+
 @pushing(proven=True)
 def refused_streams(gateway, s):
     """RST_STREAM 7, then 5 for the same stream: sent once more, not twice."""
@@ -919,6 +935,35 @@ def queue():
         check(text_and_badge(pushes[-1]) == ("secret", 1), pushes[-1]["body"])
 
 
+@case()
+def devices_that_cannot_be_kept():
+    """A list that cannot be written is said to be, and is written once it can be; pushes do not wait for that. One that
+    cannot be read keeps the server from starting, and damaged lines are left out."""
+    with directory() as d, Gateway() as gateway:
+        path = os.path.join(d, "devices")
+        os.makedirs(path + ".new")   # where the new list should be
+        with Xchat(gateway, "--data", d, quick=True) as s:
+            s.wait_log("devices cannot be written: Is a directory")
+            b, = phones(s, 1)
+            s.wait_log("devices cannot be stored")
+            tell(s, "secret")
+            gateway.pushes(b, 1)
+            os.rmdir(path + ".new")
+            until(lambda: os.path.exists(path) and b in open(path).read(), "it is never stored", SOON)
+            c, = phones(s, 1)
+            s.crash()
+        with open(path, "a") as file:
+            file.write('no JSON\n{"token":"x"}\n{"token":"' + b)
+        with Xchat(gateway, "--data", d) as s:
+            check(s.metric("devices") == 2, s.metrics())
+            tell(s, "secret again")
+            gateway.pushes(b, 2), gateway.pushes(c, 1)
+        os.unlink(path)
+        os.mkdir(path)
+        status, out, err = run("--data", d, *HTTPS, *LOGIN)
+        check(status == 1 and "devices cannot be read: Is a directory" in err, status, out, err)
+
+
 # ---------------------------------------------------------------------------
 # People who run it
 # ---------------------------------------------------------------------------
@@ -972,6 +1017,26 @@ def push_test_failures():
     check(status in (1, 2) and out + err, status, out, err)
     status, out, err = run("--push-test", token(), "text")
     check(status == 2 and "--apns" in err, status, out, err)
+
+
+@case()
+def push_test_without_an_answer():
+    """A stream that is ended, a gateway that is silent, a signal: all are told by the status."""
+    with Gateway(answer={"rst": [8]}) as gateway:
+        status, out, err = push_test(gateway.port)
+        check(status == 1 and "no answer" in out, status, out, err)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        line = ["--apns", f"https://localhost:{listener.getsockname()[1]}", "--apns-ca", CERTIFICATE, "--apns-topic", TOPIC,
+                *LOGIN, "--push-test", token()]
+        for wanted in "not sent: no (answer|connection)", "":
+            program = subprocess.Popen([*WRAP, fast(), *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                       env=environment())
+            with listener.accept()[0]:
+                if not wanted:
+                    program.terminate()
+                out, err = program.communicate(timeout=SOON)
+            good = re.match(wanted, out) if wanted else out == ""
+            check(program.returncode == 1 and good, program.returncode, out, err)
 
 
 HTTPS = ["--apns", "https://localhost:1", "--apns-topic", TOPIC]
