@@ -1777,7 +1777,7 @@ static const char *http_parse(slice head, struct request *q) {
         "Content-Type", "Authorization", "Expect", "Connection", "Upgrade", "X-Forwarded-For",
     };
     slice line = slice_split(&head, '\n');
-    if (!http_start(slice_take(line, line.len - 1), q)) return "bad request line\n";
+    http_start(slice_take(line, line.len - 1), q);   /* which http_head_end() has found good */
     for (size_t i = 0; i < HEADERS; i++) q->header[i] = S("");
     q->lines = slice_take(head, head.len - 2);
     while (head.len > 2) {
@@ -1809,8 +1809,8 @@ static ssize_t http_head_end(struct conn *c, const char *p, size_t n) {
     struct request q;
     if (!http_is_token((slice){p, 1})) return -1;   /* a TLS hello, for example */
     for (size_t i = c->searched; i < n; i++) {
-        if (p[i] == '\0' || (p[i] == '\n' && p[i - 1] != '\r')) return -1;   /* at 0 is a letter */
-        if (p[i] == '\n' && i >= 3 && p[i - 2] == '\n') return (ssize_t)i + 1;
+        if (p[i] == '\0' || (p[i] == '\n' && p[i - 1] != '\r')) return -1;   /* at 0 is a letter, so... */
+        if (p[i] == '\n' && p[i - 2] == '\n') return (ssize_t)i + 1;   /* ...i is at least 2 here */
         if (p[i] == '\n' && memchr(p, '\n', i) == NULL && !http_start((slice){p, i - 1}, &q)) return -1;
     }
     c->searched = (uint32_t)n;
