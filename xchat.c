@@ -2181,11 +2181,10 @@ static void history_newest(const struct history *h, char id[ID_BYTES + 1]) {
     history_id(h->newest_epoch, h->newest, id);
 }
 
-/* 16 hex digits; -1 for anything else, and for what no file can be as long as. */
+/* Of 16 hex digits; -1 if they are none, and for what no file can be as long as. */
 static int64_t history_number(slice s) {
-    int64_t high = s.len == 16 ? slice_number(slice_take(s, 8), 16) : -1;
-    int64_t low = high >= 0 ? slice_number(slice_cut(s, 8), 16) : -1;
-    return high > INT32_MAX || low < 0 ? -1 : high << 32 | low;
+    int64_t high = slice_number(slice_take(s, 8), 16), low = slice_number(slice_cut(s, 8), 16);
+    return high < 0 || high > INT32_MAX || low < 0 ? -1 : high << 32 | low;
 }
 
 /* ---- Files. ---- */
@@ -2307,10 +2306,9 @@ static bool history_ours(slice line, uint64_t end) {
     char wanted[ID_BYTES + 1];
     size_t where;
     if (json_pick(line, &id, 1, &where) != NULL || id.raw.p == NULL || id.raw.len != ID_BYTES + 2) return false;
-    int64_t epoch = slice_number((slice){id.raw.p + 1, 8}, 16);
-    histories.seen = (uint32_t)epoch;
+    histories.seen = (uint32_t)slice_number((slice){id.raw.p + 1, 8}, 16);   /* of no number: not the same as text */
     history_id(histories.seen, end, wanted);
-    return epoch >= 0 && json_is(id.raw, wanted);
+    return json_is(id.raw, wanted);
 }
 
 /* ---- Opening. ---- */
