@@ -1600,8 +1600,23 @@ static void test_inbox(void) {
     check_text("a room of that name", slice_of(news(0)),
                S("{\"type\":\"history\",\"room_id\":\"users/42\",\"messages\":[],\"more\":false}|"));
     CHECK(((struct client *)ann->state)->inbox == NULL, "an inbox without a uid");
-    chat_message(ann, S("{\"type\":\"say\",\"to_uid\":\"\",\"content\":\"x\"}"));
-    CHECK(strstr(news(0), "\"code\":\"bad_field\"") != NULL, "to nobody");
+    static const struct {
+        const char *fields, *code;
+    } wrong[] = {
+        {"'to_uid':'','content':'x'", "bad_field"}, {"'to_uid':[],'content':'x'", "bad_field"},
+        {"'to_uid':'42','content':{}", "bad_field"}, {"'to_uid':'42','content':'x','to_client_name':[]", "bad_field"},
+        {"'to_uid':'%0129d','content':'x'", "too_long"}, {"'to_uid':'a\\nb','content':'x'", "bad_field"},
+        {"'to_uid':'another','content':'x'", "limit"},
+    };
+    for (size_t i = 0; i < COUNT(wrong); i++) {
+        char code[40];
+        snprintf(text, sizeof text, wrong[i].fields, 0);
+        snprintf(again, sizeof again, "{'type':'say',%s}", text);
+        opt.max_rooms = i + 1 == COUNT(wrong) ? (uint32_t)rooms.by_name.n : UINT32_MAX;
+        chat_message(ann, spelled(again));
+        snprintf(code, sizeof code, "\"code\":\"%s\"", wrong[i].code);
+        CHECK(strstr(news(0), code) != NULL && *news(1) == '\0', "letter %zu", i);
+    }
     chat_message(bob[0], S("{\"type\":\"say\",\"to_client_id\":\"all\",\"content\":\"x\"}"));
     CHECK(strstr(news(1), "\"from_uid\":\"42\"") != NULL, "his uid is not told");
     wire_close(ann), wire_close(bob[0]);
@@ -2721,6 +2736,59 @@ static void test_identify(void) {
     check_empty();
 }
 
+/* A phone that goes before it was sent all it had asked for is told of the rest by pushes; one that only
+ * leaves the room is still told, unless it wants to be forgotten. */
+static void test_push_absent(void) {
+    static const char *const forgets[] = {"", ",\"forget_device\":null", ",\"forget_device\":false", ",\"forget_device\":true"};
+    char text[200], first[ID_BYTES + 1];
+    push_begin();
+    rooms.said = push_said;
+    struct conn *ann = chatter(0), *bob;
+    chat_message(ann, S("{\"type\":\"login\",\"client_name\":\"Ann\",\"room_id\":\"r\"}"));
+    for (int i = 0; i < 3; i++) {
+        chat_message(ann, S("{\"type\":\"say\",\"to_client_id\":\"all\",\"content\":\"x\"}"));
+        loop_settle();
+        if (i == 0) history_newest(ann->joined->room->past, first);
+    }
+    for (int reads = 0; reads < 2; reads++) {
+        snprintf(text, sizeof text, "{\"type\":\"login\",\"client_name\":\"Bob\",\"room_id\":\"r\",\"since\":\"%s\","
+                 "\"device_token\":\"0011223344\"}", first);
+        bob = chatter(1);
+        wires[1].takes = reads ? SIZE_MAX : 0;
+        chat_message(bob, slice_of(text)), loop_settle();
+        if (reads) wire_drain(bob, SIZE_MAX);
+        const struct device *d = ((struct client *)bob->state)->phone;
+        CHECK(d != NULL && d->unread == 0 && (bob->joined->replay == NULL) == reads, "logged in, %d", reads);
+        ws_close(bob, WS_SILENT, "test"), loop_settle();
+        CHECK(d->online == 0 && d->unread == (reads ? 0 : 2) && push.later.n == (reads ? 0 : 1), "%u unread", d->unread);
+        wire_close(bob);
+    }
+    for (size_t i = 0; i < COUNT(forgets); i++) {
+        bob = chatter(1);
+        chat_message(bob, S("{\"type\":\"login\",\"client_name\":\"Bob\",\"room_id\":\"r\",\"device_token\":\"0011223344\"}"));
+        snprintf(text, sizeof text, "{\"type\":\"logout\"%s}", forgets[i]);
+        chat_message(bob, slice_of(text));
+        wire_close(bob);
+        CHECK(push.audiences.n == (i + 1 < COUNT(forgets)) && push.devices.n == push.audiences.n, "logout %zu", i);
+    }
+    wire_close(ann);
+    rooms.said = NULL;
+    push_clear();
+    check_empty();
+}
+
+/* What all peers together may send without completing it. */
+static void test_pending(void) {
+    struct conn listener = {.state = (void *)(uintptr_t)&gateway_proto}, *c[2];
+    for (int i = 0; i < 2; i++) peer_accepted(&listener, c[i] = wire_open(i, NULL, NULL));
+    c[0]->in.len = PENDING_MAX / 2, c[1]->in.len = PENDING_MAX / 2;   /* no bytes are there; nobody looks */
+    CHECK(peer_wait(c[1]) == 0 && !c[1]->closing && c[1]->deadline_ms == now.ms + PEER_MS, "too soon");
+    c[1]->in.len++;
+    CHECK(peer_wait(c[1]) == -1 && c[1]->closing && !c[0]->closing, "more is taken");
+    for (int i = 0; i < 2; i++) c[i]->in.len = 0, wire_close(c[i]);
+    check_empty();
+}
+
 /* The golden header block of a request. */
 static void test_h2_block(void) {
     unsigned char hash[SHA256_DIGEST_LENGTH];
@@ -2755,6 +2823,7 @@ static const struct {
     TEST(base64url), TEST(pass_rfc), TEST(pass), TEST(pass_forged), TEST(identify),
     TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(push_who), TEST(push_alert),
     TEST(push_limits), TEST(push_again), TEST(gate_failed), TEST(binary_tick), TEST(device_read), TEST(jwt_read),
+    TEST(push_absent), TEST(pending),
     TEST(php_valid), TEST(php_depth), TEST(php_key), TEST(php_json), TEST(php_merge), TEST(form), TEST(option_ranges),
     TEST(option_forms),
 };
