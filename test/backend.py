@@ -1139,13 +1139,35 @@ def strangers_who_stay(s):
 def sessions_with_too_many_values(s):
     """Merging takes time that grows with their number squared, so it has an end: then nothing changes."""
     ann, inner = join(s, "room", "Ann"), Inner(s)
-    inner.tell(SET_SESSION, ann, php({f"k{i}": i for i in range(2000)}))
-    before = inner.session(ann)
-    inner.tell(UPDATE_SESSION, ann, php({f"k{i}": 0 for i in reversed(range(2000))}))
-    check(inner.session(ann) == before, "it has been merged")
+    for n in 1022, 1024:   # and one is added
+        before = php({i: i for i in range(n)})
+        inner.tell(SET_SESSION, ann, before)
+        check(inner.session(ann) == before, "it is not taken")
+        inner.tell(UPDATE_SESSION, ann, php({"k": "v"}))
+        after = php({**{i: i for i in range(n)}, "k": "v"})
+        check(inner.session(ann) == (after if n == 1022 else before), n, "and one are", inner.session(ann)[-40:])
     inner.tell(SET_SESSION, ann, php({f"k{i}": i for i in range(500)}))
     inner.tell(UPDATE_SESSION, ann, php({f"k{i}": 0 for i in reversed(range(500))}))
     check(inner.session(ann) == php({f"k{i}": 0 for i in range(500)}))
+
+
+@gateway()
+def answers_have_an_end(s):
+    """Of 16 MB, and a question has one of 65,536 names; who asks for more is shut out, and hurts nobody else."""
+    ann, inner, greedy = join(s, "room", "Ann"), Inner(s), Inner(s)
+    inner.tell(SET_SESSION, ann, php({"a": "x" * 32000}))
+    inner.fence()
+    for n in 2, 520:   # 16 MB are 524 of them
+        answer = greedy.ask(SELECT, ext=json.dumps({"fields": ["session"] * n, "where": []}))
+        check(answer.count("x" * 32000) == n, len(answer), "bytes for", n)
+    greedy.tell(SELECT, ext=json.dumps({"fields": ["session"] * 600, "where": []}))
+    greedy.expect_end()
+    for kind, name in ("groups", "room"), ("uid", "ann"):
+        if kind == "uid":
+            inner.tell(BIND_UID, ann, name)
+        for before in 65535, 65536:
+            found = inner.ask(SELECT, ext=json.dumps({"fields": [], "where": {kind: ["n"] * before + [name]}}))
+            check(found == php({number(ann): {}} if before == 65535 else {}), kind, before, found)
 
 
 @gateway()
@@ -1588,6 +1610,19 @@ def workers_take_out(s):
     early.say("alone")
     early.expect("say", content="alone")
     expect_nothing(early, ann)
+
+
+@gateway()
+def workers_that_do_not_read(s):
+    """A worker with 16 MB before it is shut out; its clients are served by the chat then."""
+    worker = Worker(s, "w:1").fence()
+    ann = worker.newcomer()
+    for _ in range(600):   # 36 MB; the kernel takes some
+        ann.send(frame(TEXT, "x" * 60000))
+    ann.expect_error("bad_json")
+    ann.fence()
+    ann.early.clear()
+    ann.login("Ann", "room")
 
 
 @gateway()
