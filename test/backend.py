@@ -1152,6 +1152,18 @@ def sessions_with_too_many_values(s):
 
 
 @gateway()
+def sessions_too_long_for_a_login(s):
+    """A login cannot be merged into a session of too many values: that stays as the back end has set it."""
+    ann, inner, long = join(s, "room", "Ann"), Inner(s), php({i: i for i in range(2, 1502)})
+    inner.tell(SET_SESSION, ann, long)
+    check(inner.session(ann) == long, "it is not taken")
+    ann.login("Ann", "other")
+    check(inner.session(ann) == long, inner.session(ann)[:200])
+    inner.tell(LEAVE_GROUP, ann, "other")   # where it speaks
+    check(inner.session(ann) == long, inner.session(ann)[:200])
+
+
+@gateway()
 def answers_have_an_end(s):
     """Of 16 MB, and a question has one of 65,536 names; who asks for more is shut out, and hurts nobody else."""
     ann, inner, greedy = join(s, "room", "Ann"), Inner(s), Inner(s)
