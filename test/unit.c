@@ -2608,6 +2608,107 @@ static void test_binary_tick(void) {
     check_empty();
 }
 
+/* What an answer means for the push, for our token, and for the connection. */
+static void test_push_answers(void) {
+    static const struct {
+        int status;
+        const char *reason;
+        uint32_t tries;
+        int64_t jwt_age_ms;
+        uint32_t queue, later;   /* it is tried again: at once; or so */
+        bool jwt, drain, pause;
+        enum count count;
+    } cases[] = {
+        {200, "", 0, 0, 0, 0, true, false, false, ACCEPTED}, {10, "error", 0, 0, 0, 0, true, false, false, ACCEPTED},
+        {403, "ExpiredProviderToken", 0, JWT_AGAIN_MS, 1, 0, false, true, false, RETRIED},
+        {403, "ExpiredProviderToken", 0, JWT_AGAIN_MS - 1, 1, 0, true, true, true, RETRIED},
+        {403, "InvalidProviderToken", 5, 0, 1, 0, true, true, true, RETRIED},
+        {255, "error", 0, 0, 0, 1, true, false, false, RETRIED}, {255, "error", 1, 0, 0, 0, true, false, false, REFUSED},
+        {429, "TooManyRequests", 4, 0, 0, 1, true, false, false, RETRIED}, {429, "", 5, 0, 0, 0, true, false, false, REFUSED},
+        {503, "Shutdown", 0, 0, 0, 1, true, true, false, RETRIED}, {413, "PayloadTooLarge", 0, 0, 0, 0, true, false, false, REFUSED},
+        {299, "Unregistered", 0, 0, 0, 0, true, false, false, ACCEPTED}, {999, "New", 0, 0, 0, 0, true, false, false, REFUSED},
+    };
+    push_begin();
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct gate g = {0};
+        struct conn *c = wire_open(0, &feedback_proto, &g);
+        struct push *p = push_new(S("aaaaaaaa"));
+        list_add(&g.sent, NULL, p);
+        p->tries = cases[i].tries;
+        buf_clear(&push.jwt), buf_add(&push.jwt, S("x.y.z"));
+        push.jwt_ms = now.ms - cases[i].jwt_age_ms, push.pause_ms = 0;
+        push_answered(c, p, cases[i].status, slice_of(cases[i].reason), 0);
+        CHECK(g.sent.n == 0 && push.queue.n == cases[i].queue && push.later.n == cases[i].later, "case %zu: queued", i);
+        CHECK((push.jwt.len > 0) == cases[i].jwt && (g.drain_ms != 0) == cases[i].drain && (push.pause_ms > 0) == cases[i].pause,
+              "case %zu: token %u, drain %d, pause %d", i, push.jwt.len, g.drain_ms != 0, push.pause_ms > 0);
+        CHECK(push.count[cases[i].count] == 1, "case %zu: counted", i);
+        c->state = NULL, conn_lost(c, "test over"), loop_settle();
+        push_clear(), push_begin();
+    }
+    struct gate g = {0};   /* of two errors of its own in a row the second ends a connection */
+    struct conn *c = wire_open(0, &feedback_proto, &g);
+    for (int i = 0; i < 4; i++) {
+        struct push *p = push_new(S("aaaaaaaa"));
+        list_add(&g.sent, NULL, p);
+        push_answered(c, p, i == 1 ? 200 : 500, S(""), 0);
+        CHECK((g.drain_ms != 0) == (i == 3), "answer %d", i);
+    }
+    c->state = NULL, conn_lost(c, "test over"), loop_settle();
+    buf_free(&push.jwt);
+    push.fails = 0, push.redial_ms = push.pause_ms = push.alarm_ms = 0, push.proved = false, push.n_verdicts = 0;
+    push_clear();
+    check_empty();
+}
+
+/* Frames of HTTP/2, one after the other, and the error that the last one is. */
+static void test_h2_errors(void) {
+    static const struct {
+        int error;
+        struct {
+            int type, flags;
+            uint32_t id;
+            const char *hex;
+        } frames[3];
+    } cases[] = {
+        {0, {{H2_PING, 0, 0, "0102030405060708"}}}, {0, {{H2_SETTINGS, H2_ACK, 0, ""}}}, {0, {{0x20, 0xff, 9, "00"}}},
+        {0, {{H2_RST, 0, 3, "00000008"}}}, {0, {{H2_WINDOW, 0, 3, "7fffffff"}}}, {0, {{H2_WINDOW, 0, 0, "7fff0000"}}},
+        {0, {{H2_SETTINGS, 0, 0, "00047fffffff"}}}, {0, {{H2_DATA, H2_PADDED, 1, "01aa00"}}},
+        {0, {{H2_HEADERS, H2_BLOCK_END | H2_PADDED | H2_PRIORITIZED, 1, "0100000000008800"}}},
+        {0, {{H2_HEADERS, 0, 1, "48"}, {H2_MORE, H2_BLOCK_END, 1, "03343130"}}},
+        {H2_PROTOCOL, {{H2_PROMISE, 0, 1, "00000002"}}}, {H2_PROTOCOL, {{H2_MORE, 0, 1, ""}}},
+        {H2_PROTOCOL, {{H2_HEADERS, 0, 1, "48"}, {H2_DATA, 0, 1, ""}}}, {H2_PROTOCOL, {{H2_HEADERS, 0, 1, ""}, {H2_MORE, 0, 3, ""}}},
+        {H2_PROTOCOL, {{H2_SETTINGS, 0, 1, ""}}}, {H2_PROTOCOL, {{H2_PING, 0, 1, "0102030405060708"}}},
+        {H2_PROTOCOL, {{H2_DATA, 0, 0, ""}}}, {H2_PROTOCOL, {{H2_HEADERS, 0, 0, "88"}}}, {H2_PROTOCOL, {{H2_RST, 0, 0, "00000000"}}},
+        {H2_PROTOCOL, {{H2_DATA, H2_PADDED, 1, ""}}}, {H2_PROTOCOL, {{H2_DATA, H2_PADDED, 1, "0200"}}},
+        {H2_PROTOCOL, {{H2_HEADERS, H2_PRIORITIZED, 1, "00000000"}}}, {H2_PROTOCOL, {{H2_WINDOW, 0, 0, "80000000"}}},
+        {H2_SIZE, {{H2_PING, 0, 0, "01020304050607"}}}, {H2_SIZE, {{H2_RST, 0, 1, "000000"}}}, {H2_SIZE, {{H2_WINDOW, 0, 0, "0000000001"}}},
+        {H2_SIZE, {{H2_SETTINGS, 0, 0, "0004000000"}}}, {H2_SIZE, {{H2_GOAWAY, 0, 0, "00000000000000"}}},
+        {H2_FLOW, {{H2_SETTINGS, 0, 0, "000480000000"}}}, {H2_FLOW, {{H2_WINDOW, 0, 0, "7fff0001"}}},
+        {H2_FLOW, {{H2_WINDOW, 0, 1, "7fffffff"}}}, {H2_COMPRESSION, {{H2_HEADERS, H2_BLOCK_END, 1, "80"}}},
+    };
+    struct buf hex = {0};
+    push_begin();
+    for (size_t i = 0; i < COUNT(cases); i++)
+        for (int ready = 0; ready < 2; ready++) {
+            struct gate g = {.ready = ready == 1, .window = 65535, .initial = 65535, .limit = 100, .next_id = 3};
+            struct conn *c = wire_open(0, &feedback_proto, &g);
+            int error = 0;
+            list_add(&g.sent, NULL, push_new(S("aaaaaaaa")));
+            g.sent.first->id = 1, g.sent.first->due_ms = now.ms;
+            for (int k = 0; k < 3 && error == 0 && cases[i].frames[k].hex != NULL; k++)
+                error = h2_handle(c, cases[i].frames[k].type, cases[i].frames[k].flags, cases[i].frames[k].id,
+                                  unhex(cases[i].frames[k].hex, &hex));
+            bool first = ready == 1 || cases[i].frames[0].type == H2_SETTINGS;   /* nothing else may be the first */
+            CHECK(error == (first ? cases[i].error : H2_PROTOCOL), "case %zu, %d: error %d", i, ready, error);
+            while (g.sent.n > 0) push_free(list_remove(&g.sent, g.sent.first));
+            buf_free(&g.block);
+            c->state = NULL, conn_lost(c, "test over"), loop_settle();
+        }
+    buf_free(&hex);
+    push_clear();
+    check_empty();
+}
+
 /* A line of a file in --data, as data_lines() reads it. */
 static void line_read(const char *line, void (*take)(struct json_field *f), struct json_field *f, size_t n) {
     size_t at;
@@ -2822,7 +2923,7 @@ static const struct {
     TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(replay), TEST(silence),
     TEST(base64url), TEST(pass_rfc), TEST(pass), TEST(pass_forged), TEST(identify),
     TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(push_who), TEST(push_alert),
-    TEST(push_limits), TEST(push_again), TEST(gate_failed), TEST(binary_tick), TEST(device_read), TEST(jwt_read),
+    TEST(push_limits), TEST(push_again), TEST(gate_failed), TEST(binary_tick), TEST(push_answers), TEST(h2_errors), TEST(device_read), TEST(jwt_read),
     TEST(push_absent), TEST(pending),
     TEST(php_valid), TEST(php_depth), TEST(php_key), TEST(php_json), TEST(php_merge), TEST(form), TEST(option_ranges),
     TEST(option_forms),
