@@ -103,9 +103,9 @@ def not_a_number(name, text):
     ("proxy /129", ["--trust-proxy", "::/129"], "--trust-proxy"),
     ("proxy /-1", ["--trust-proxy", "10.0.0.0/-1"], "--trust-proxy"),
     ("proxy /", ["--trust-proxy", "10.0.0.0/"], "--trust-proxy"),
-    ("a long key id", ["--apns-key-id", "x" * 33], "--apns-key-id: longer than 32"),
-    ("a long team id", ["--apns-team-id=" + "x" * 33], "--apns-team-id: longer than 32"),
-    ("a long topic", ["--apns-topic", "x" * 256], "--apns-topic: longer than 255"),
+    ("a long key id", ["--apns-key-id", "x" * 33], "--apns-key-id: over 32 bytes"),
+    ("a long team id", ["--apns-team-id=" + "x" * 33], "--apns-team-id: over 32 bytes"),
+    ("a long topic", ["--apns-topic", "x" * 256], "--apns-topic: over 255 bytes"),
     ("proxy /8x", ["--trust-proxy", "10.0.0.0/8x"], "--trust-proxy"),
 ])
 def wrong_options(name, options, word):
