@@ -882,7 +882,6 @@ struct conn {
     const char *why;               /* why it ends, for the log */
     struct conn *next;             /* in loop.dirty */
     struct buf in, out;            /* input that is no whole unit yet; private output */
-    int64_t heard_ms;              /* when the peer last sent something */
     int64_t deadline_ms;           /* the protocol's; a listener accepts nothing before it */
     SSL *ssl;                      /* NULL: plain text */
     int fd;
@@ -1011,7 +1010,7 @@ static struct conn *conn_new(int fd, const struct proto *proto, void *state, boo
         loop.conn = xrealloc(loop.conn, loop.cap * sizeof *loop.conn);
     }
     struct conn *c = xcalloc(sizeof *c);
-    *c = (struct conn){.fd = fd, .proto = proto, .state = state, .heard_ms = now.ms, .events = POLLIN};
+    *c = (struct conn){.fd = fd, .proto = proto, .state = state, .events = POLLIN};
     c->slot = loop.n++;
     loop.conn[c->slot] = c;
     c->parked = parked && park(c);
@@ -1188,7 +1187,6 @@ static void conn_read(struct conn *c) {
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) conn_lost(c, "connection reset");
     if (n == 0) c->eof = true, conn_close(c, "peer hung up");
     if (n <= 0 || c->closing) return;   /* who is closing is read, but not heard */
-    c->heard_ms = now.ms;
     loop.received += (size_t)n;
     bool kept = c->in.len > 0;
     size_t done = kept ? 0 : conn_feed(c, loop.chunk, (size_t)n);
@@ -1638,13 +1636,13 @@ struct site {   /* what a listener serves: its `state`, and that of its HTTP con
 
 struct ws {
     struct buf text;         /* the fragments of a message so far */
-    uint64_t left;           /* payload of the current frame still to come; 0: a head comes */
-    uint8_t mask[4], phase;  /* of that frame, and which byte of it comes next */
+    uint32_t left;           /* payload of the current frame still to come; 0: a head comes */
+    uint8_t mask[4];         /* of that frame, from the byte on that comes next */
     struct utf8 utf8;
+    uint8_t opcode : 4;
+    bool fin : 1, peer_closed : 1;
     uint16_t fragments;      /* of the current message; 0: there is none */
     uint16_t close_code;     /* to close with; 0: nobody said */
-    uint8_t opcode;
-    bool fin, peer_closed;
 };
 
 enum { WS_CONTINUATION, WS_TEXT, WS_BINARY, WS_CLOSE = 8, WS_PING, WS_PONG };
@@ -2052,7 +2050,7 @@ static int ws_head(struct conn *c, const char *p, size_t n) {
     if (n < 2) return 0;
     size_t more = ws_more(p);
     bool control = (p[0] & 8) != 0;
-    ws->opcode = p[0] & 15;
+    ws->opcode = (uint8_t)p[0] & 15u;
     ws->fin = (p[0] & 0x80) != 0;
     if ((p[1] & 0x80) == 0) return ws_close(c, WS_PROTOCOL_ERROR, "frame without a mask");
     if (control && (!ws->fin || more > 0)) return ws_close(c, WS_PROTOCOL_ERROR, "long or fragmented control");
@@ -2067,9 +2065,8 @@ static int ws_head(struct conn *c, const char *p, size_t n) {
         return ws_close(c, WS_TOO_BIG, "message over --max-message");
     if (n < 6 + more + (control ? len : 0)) return 0;   /* a control frame: wait for all of it */
     if (!control && ++ws->fragments > FRAGMENTS_MAX) return ws_close(c, WS_POLICY, "too many fragments");
-    ws->left = len;
+    ws->left = (uint32_t)len;
     memcpy(ws->mask, p + 2 + more, 4);
-    ws->phase = 0;
     return (int)(6 + more);
 }
 
@@ -2093,9 +2090,12 @@ static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
     int head = ws->left > 0 ? 0 : ws_head(c, p, n);
     if (head < 0 || (head == 0 && ws->left == 0)) return head;
     p += head, n -= (size_t)head;
-    size_t take = n < ws->left ? n : (size_t)ws->left;
-    for (size_t i = 0; i < take; i++) p[i] = (char)(p[i] ^ (char)ws->mask[ws->phase++ & 3]);
-    ws->left -= take;
+    size_t take = n < ws->left ? n : ws->left;
+    uint8_t mask[8];
+    memcpy(mask, ws->mask, 4), memcpy(mask + 4, ws->mask, 4);
+    for (size_t i = 0; i < take; i++) p[i] = (char)(p[i] ^ (char)mask[i & 3]);
+    memcpy(ws->mask, mask + (take & 3), 4);
+    ws->left -= (uint32_t)take;
     int result = ws->opcode < WS_CLOSE ? ws_payload(c, (slice){p, take}) : ws_control(c, (slice){p, take});
     return result < 0 ? -1 : head + (ssize_t)take;
 }
@@ -2679,8 +2679,8 @@ static void history_init(const char *dir) {
 struct room {
     struct history *past;         /* what was said here */
     struct buf log;               /* encoded frames */
-    uint64_t end;                 /* its end, counted from the first byte ever said here */
-    uint64_t flushed;             /* what `end` was when members were last sent to */
+    uint32_t end;                 /* its end: bytes ever said here, modulo 2^32, as TCP counts */
+    uint32_t flushed;             /* what `end` was when members were last sent to */
     struct member *first, *last;  /* in order of joining */
     uint32_t n;                   /* of them */
     struct room *older, *newer;   /* in order of being made */
@@ -2691,13 +2691,13 @@ struct room {
 struct member {
     struct conn *c;
     struct room *room;
-    uint64_t cursor;              /* sent up to here, on the scale of room->end */
+    uint32_t cursor;              /* sent up to here, on the scale of room->end */
+    uint32_t heard;               /* where the history ended, modulo 2^32, when its client was last heard */
     struct replay {
         uint64_t at, upto;
     } *replay;                    /* or NULL: what it is sent first, in the room's history */
     struct member *prev, *next;   /* in the room */
     struct member *also;          /* the same client's place in another room */
-    uint64_t heard;               /* where the history ended when its client last gave a sign of life */
 };
 
 static struct {
@@ -2716,7 +2716,7 @@ static slice room_name(const struct room *r) { return slice_cut(room_key(r), 6);
 /* What this member was not sent yet. */
 static slice member_unread(const struct member *m) {
     slice log = buf_slice(&m->room->log);
-    return slice_cut(log, log.len - (size_t)(m->room->end - m->cursor));
+    return slice_cut(log, log.len - (m->room->end - m->cursor));
 }
 
 /* `peek` of every protocol whose connections can be members. One that is closing gets
@@ -2744,17 +2744,17 @@ static void room_sent(struct conn *c, size_t n) {
     size_t frames = n == unread.len ? n : 0;   /* up to the end of a frame */
     while (frames < n) frames += ws_frame_size(unread.p + frames);
     buf_add(&c->out, slice_cut(slice_take(unread, frames), n));
-    m->cursor += frames;
+    m->cursor += (uint32_t)frames;
     /* Who catches up later, between flushes, may be the last to do so. */
     if (m->cursor == m->room->end && m->room->flushed == m->room->end) room_touch(m->room);
 }
 
 /* Drops what every member was sent. An empty log gives its memory back. */
 static void room_trim(struct room *r) {
-    uint64_t least = r->end;
+    uint32_t unread = 0;
     for (struct member *m = r->first; m != NULL; m = m->next)
-        if (m->cursor < least) least = m->cursor;
-    buf_drop(&r->log, r->log.len - (size_t)(r->end - least));
+        if (r->end - m->cursor > unread) unread = r->end - m->cursor;
+    buf_drop(&r->log, r->log.len - unread);
     if (r->log.len == 0) buf_free(&r->log);
 }
 
@@ -2907,7 +2907,7 @@ static struct member *room_join(struct room *r, struct conn *c, size_t most) {
     if (*at != NULL || room_count(c) >= most) return *at;
     room_commit(r);
     struct member *m = *at = xcalloc(sizeof *m);
-    *m = (struct member){.c = c, .room = r, .cursor = r->end, .prev = r->last, .heard = r->past->end};
+    *m = (struct member){.c = c, .room = r, .cursor = r->end, .prev = r->last, .heard = (uint32_t)r->past->end};
     *(r->last != NULL ? &r->last->next : &r->first) = m;
     r->last = m;
     r->n++;
@@ -3068,7 +3068,7 @@ struct gate {
     uint32_t next_id, limit, owed;    /* streams at a time; bytes to allow the peer again */
     uint32_t block_of;                /* the stream whose header block is not complete, or 0 */
     struct buf block;                 /* what came of it */
-    int64_t born_ms;                  /* when connecting began */
+    int64_t born_ms, heard_ms;        /* when connecting began; when it last sent something */
     uint32_t timeouts, errors, refused;   /* in a row */
     bool answered;                    /* at least once */
     int error;                        /* what it has done wrong, to be told */
@@ -3837,17 +3837,17 @@ static void binary_tick(struct conn *c) {
 /* The feedback service tells which tokens are dead: time (4), length (2), token. */
 static ssize_t feedback_feed(struct conn *c, char *p, size_t n) {
     size_t len = n >= 6 ? be32(p + 2) & 0xffff : 0;
+    c->deadline_ms = now.ms + PUSH_SECONDS(30);
     if (n < 6 || n < 6 + len) return 0;
     buf_clear(&push.text);
     for (size_t i = 0; i < len; i++) buf_printf(&push.text, "%02x", (unsigned char)p[6 + i]);
     struct device *d = len <= TOKEN_MAX / 2 ? table_find(&push.devices, buf_slice(&push.text)) : NULL;
     if (d != NULL && d->registered_ms <= (int64_t)be32(p) * 1000) push.count[GONE_410]++, push_forget(d);
-    (void)c;
     return (ssize_t)(6 + len);
 }
 
 static void feedback_tick(struct conn *c) {
-    if (now.ms - c->heard_ms >= PUSH_SECONDS(30)) conn_lost(c, "it says nothing");
+    if (now.ms >= c->deadline_ms) conn_lost(c, "it says nothing");
 }
 
 static const struct proto feedback_proto = {
@@ -3855,8 +3855,8 @@ static const struct proto feedback_proto = {
 };
 
 static void feedback_opened(struct conn *c, const char *why) {
-    if (c == NULL) log_info("apns feedback: %s", why);
-    if (c == NULL) push.feedback_ms = now.ms + (int64_t)3600 * 1000;
+    if (c != NULL) c->deadline_ms = now.ms + PUSH_SECONDS(30);
+    else log_info("apns feedback: %s", why), push.feedback_ms = now.ms + (int64_t)3600 * 1000;
 }
 
 /* ---- HPACK (RFC 7541). ---- */
@@ -4155,7 +4155,7 @@ static ssize_t h2_feed(struct conn *c, char *p, size_t n) {
 /* Who does not answer: a push, or nothing at all. */
 static void h2_tick(struct conn *c) {
     struct gate *g = c->state;
-    int64_t quiet = now.ms - c->heard_ms;
+    int64_t quiet = now.ms - g->heard_ms;
     for (struct push *p = g->sent.first, *next; p != NULL; p = next) {
         next = p->next;
         if (now.ms - p->due_ms < PUSH_SECONDS(30)) continue;
@@ -4245,6 +4245,7 @@ static void gate_closed(struct conn *c) {
 }
 
 static ssize_t gate_feed(struct conn *c, char *p, size_t n) {
+    ((struct gate *)c->state)->heard_ms = now.ms;
     ssize_t done = push.binary ? binary_feed(c, p, n) : h2_feed(c, p, n);
     if (done > 0) push_pump();
     return done;
@@ -4535,17 +4536,17 @@ struct client {
     char *name;             /* HTML, owned; NULL before login */
     int64_t filled_ms;      /* when tokens were last added */
     int32_t tokens;         /* thousandths of messages it may send now: chat_allow() */
-    uint32_t silences;      /* times --ping since it was last heard */
     uint32_t number;        /* the second half of its id */
     uint32_t mark;          /* chapter 10's: whether it is in a set of clients, and that one */
     struct client *prev, *next;   /* in order of coming */
     struct client *next_in_set;   /* chapter 10's: behind it in that set */
     struct buf session;     /* as the back end set it, in PHP's words */
-    bool newer;             /* but there was a login since then */
-    bool taken;             /* it is served by a worker, if there is one... */
-    struct peer *worker;    /* ...by this one, or NULL */
-    bool grouped;           /* has been in a room */
-    bool number_room;       /* named its room by a number */
+    struct peer *worker;    /* this one serves it, or NULL */
+    uint8_t silences : 2;   /* times --ping since it was last heard */
+    bool newer : 1;         /* there was a login since its session was set */
+    bool taken : 1;         /* it is served by a worker, if there is one */
+    bool grouped : 1;       /* has been in a room */
+    bool number_room : 1;   /* named its room by a number */
     char id[21];
 };
 
@@ -4608,7 +4609,7 @@ static void client_name(struct client *cl, slice name) {
 /* Puts a client into a room, see room_join(); some places are kept for what it does itself. */
 static struct member *client_join(struct client *cl, struct room *r, size_t kept) {
     struct member *m = room_join(r, cl->c, ROOMS_PER_CLIENT - kept);
-    cl->grouped |= m != NULL;
+    cl->grouped = cl->grouped || m != NULL;
     return m;
 }
 
@@ -5236,19 +5237,21 @@ static void chat_message(struct conn *c, slice text) {
  * three without any sign of life it has gone. */
 static void chat_tick(struct conn *c) {
     struct client *cl = c->state;
-    int64_t silences = (now.ms - c->heard_ms) / ((int64_t)opt.ping_s * 1000);
-    bool ask = silences > cl->silences;
-    cl->silences = (uint32_t)silences;
-    if (silences >= 3) ws_close(c, WS_SILENT, "silent for too long");
-    else if (ask) {
-        ws_append(&c->out, WS_PING, S(""));
-        ws_text(c, S("{\"type\":\"ping\"}"));
+    if (now.ms < c->deadline_ms) return;
+    c->deadline_ms += (int64_t)opt.ping_s * 1000;
+    if (++cl->silences == 3) {
+        ws_close(c, WS_SILENT, "silent for too long");
+        return;
     }
+    ws_append(&c->out, WS_PING, S(""));
+    ws_text(c, S("{\"type\":\"ping\"}"));
 }
 
 /* `feed` of the chat. Whatever comes is a sign of life. */
 static ssize_t chat_feed(struct conn *c, char *p, size_t n) {
-    for (struct member *m = c->joined; m != NULL; m = m->also) m->heard = m->room->past->end;
+    ((struct client *)c->state)->silences = 0;
+    c->deadline_ms = now.ms + (int64_t)opt.ping_s * 1000;
+    for (struct member *m = c->joined; m != NULL; m = m->also) m->heard = (uint32_t)m->room->past->end;
     return ws_feed(c, p, n);
 }
 
@@ -5259,7 +5262,7 @@ static void chat_absent(struct client *cl) {
     bool silent = cl->c->lost || cl->c->blocked || code == WS_SILENT || code == WS_TRY_AGAIN;
     for (struct member *m = cl->c->joined; m != NULL; m = m->also) {
         struct history *past = m->room->past;
-        uint64_t since = silent ? m->heard : past->end;
+        uint64_t since = past->end - (silent ? (uint32_t)past->end - m->heard : 0);
         if (m->replay != NULL && m->replay->at < since) since = m->replay->at;
         room_commit(m->room);
         push_missed(cl->phone, past, since, client_key(cl));
@@ -5300,6 +5303,7 @@ static void chat_upgraded(struct conn *c, const struct request *q) {
     chat.last = *(cl->prev != NULL ? &cl->prev->next : &chat.first) = cl;
     c->state = cl;
     c->proto = &chat_proto;
+    c->deadline_ms = now.ms + (int64_t)opt.ping_s * 1000;
     chat.greet(cl, q);
 }
 
@@ -5645,6 +5649,7 @@ struct peer {
     uint32_t clients;      /* of this worker */
     struct buf name;       /* the key of a worker; the address of a gateway, at the register */
     int64_t ping_ms;       /* when it is told next that we live; 0: it needs not be told */
+    int64_t heard_ms;      /* when its last packet came, or it itself */
 };
 
 /* `accepted` of both; the listener's state is the protocol. */
@@ -5652,6 +5657,7 @@ static void peer_accepted(struct conn *l, struct conn *c) {
     struct peer *peer = c->state = xcalloc(sizeof *peer), **at = &backend.peers;
     c->proto = l->state;
     peer->c = c;
+    peer->heard_ms = now.ms;
     peer->gateway = strcmp(c->proto->name, "gateway") == 0;
     peer->known = peer->gateway && backend.key.len == 0;
     c->deadline_ms = peer->known ? 0 : now.ms + STRANGER_MS;
@@ -5664,7 +5670,7 @@ static void peer_accepted(struct conn *l, struct conn *c) {
     struct peer *goes = peer;
     for (struct peer *p = backend.peers; p != peer && (goes == peer || goes->known); p = p->next) {
         bool stays = p->c->closing || (p->known && (!p->gateway || p->worker));
-        if (!stays && (goes == peer || !p->known || p->c->heard_ms < goes->c->heard_ms)) goes = p;
+        if (!stays && (goes == peer || !p->known || p->heard_ms < goes->heard_ms)) goes = p;
     }
     conn_lost(goes->c, "too many connections of back ends");
 }
@@ -6296,8 +6302,9 @@ static bool gateway_greet(struct conn *c, const struct packet *p) {
 
 /* `feed` of the gateway. ext_data that would end behind the packet ends with it. */
 static ssize_t gateway_feed(struct conn *c, char *p, size_t n) {
-    const struct peer *peer = c->state;
+    struct peer *peer = c->state;
     uint32_t len = n >= 4 ? be32(p) : PACKET_HEAD;
+    peer->heard_ms = now.ms;
     if (len < PACKET_HEAD || len > (peer->known ? PACKET_MAX : STRANGER_BYTES))
         return conn_close(c, "no packet has this length"), -1;
     if (n < len) return peer_wait(c);
