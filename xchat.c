@@ -187,9 +187,10 @@ enum {
  *
  * What grows is a BUFFER, which owns its bytes and can lose its front:
  *
- *     p                off           off + len           cap
- *     | dropped        | live bytes  | room to grow      |
+ *           p                off           off + len           cap
+ *     | cap | dropped        | live bytes  | room to grow      |
  *
+ * A connection has several, empty as long as it is idle: so `cap` is kept in front of the bytes.
  * Dropping moves `off`; bytes move back to p only when more than half of the space is
  * dropped, so about once in their life. Every buffer that the network can fill has a
  * limit elsewhere; out of memory ends the program, with a line in the log.
@@ -288,9 +289,11 @@ PRINTF(2, 3) static void log_line(const char *level, const char *format, ...) {
 #define die(...) (log_line("error", __VA_ARGS__), exit(1))     /* cannot start, or go on */
 #define usage(...) (log_line("error", __VA_ARGS__), exit(2))   /* a wrong option */
 
+enum { BUF_HEAD = 8 };   /* bytes in front of p, for `cap` */
+
 struct buf {
     char *p;
-    uint32_t off, len, cap;
+    uint32_t off, len;
 };
 
 static void *xrealloc(void *p, size_t n) {
@@ -306,20 +309,31 @@ static void sha256(slice s, unsigned char hash[SHA256_DIGEST_LENGTH]) {
 static void *xcalloc(size_t n) { return memset(xrealloc(NULL, n), 0, n); }
 static slice buf_slice(const struct buf *b) { return b->len > 0 ? (slice){b->p + b->off, b->len} : S(""); }
 
+static size_t buf_cap(const struct buf *b) {
+    uint32_t cap = 0;
+    if (b->p != NULL) memcpy(&cap, b->p - BUF_HEAD, sizeof cap);
+    return cap;
+}
+
+static void buf_resize(struct buf *b, uint32_t cap) {
+    b->p = (char *)xrealloc(b->p != NULL ? b->p - BUF_HEAD : NULL, BUF_HEAD + cap) + BUF_HEAD;
+    memcpy(b->p - BUF_HEAD, &cap, sizeof cap);
+}
+
 static void buf_free(struct buf *b) {
-    free(b->p);
+    if (b->p != NULL) free(b->p - BUF_HEAD);
     *b = (struct buf){0};
 }
 
 /* Makes room for n more bytes. Returns where the caller writes them; it adds to `len`. */
 static char *buf_room(struct buf *b, size_t n) {
-    size_t need = b->len + n, cap = need < 2 * (size_t)b->cap ? 2 * (size_t)b->cap : (need + 63) / 64 * 64;
+    size_t need = b->len + n, cap = buf_cap(b), more = need < 2 * cap ? 2 * cap : (need + 63) / 64 * 64;
     if (need > INT32_MAX) die("a buffer of %zu bytes is beyond every limit", need);
-    if (b->off + need > b->cap) {
-        bool fits = need <= b->cap && b->off >= b->cap / 2;
+    if (b->off + need > cap) {
+        bool fits = need <= cap && b->off >= cap / 2;
         if (b->len > 0) memmove(b->p, b->p + b->off, b->len);
         b->off = 0;
-        if (!fits) b->p = xrealloc(b->p, b->cap = (uint32_t)(cap < INT32_MAX ? cap : INT32_MAX));
+        if (!fits) buf_resize(b, (uint32_t)(more < INT32_MAX ? more : INT32_MAX));
     }
     return b->p + b->off + b->len;
 }
@@ -2262,7 +2276,7 @@ static bool history_load(const struct history *h, uint64_t from, uint64_t to) {
     size_t n = (size_t)(to - from);
     uint64_t start = h->segment[history_file(h, from)];
     int fd = history_openat(history_file_path(h, start), O_RDONLY);
-    if (histories.block.cap > READ_BYTES) buf_free(&histories.block);   /* a long line was in it */
+    if (buf_cap(&histories.block) > READ_BYTES) buf_free(&histories.block);   /* a long line was in it */
     char *p = buf_room(&histories.block, n);
     size_t len = 0;
     ssize_t got = fd >= 0 ? 1 : -1;
@@ -2445,7 +2459,7 @@ static void history_free(struct history *h) {
 /* The room is empty. Files stay; of the logs in memory those used last do. */
 static void history_close(struct history *h) {
     struct idle *place = histories.idle;   /* the oldest, or a free one: since 0 */
-    if (histories.dir_fd >= 0 || h->tail.len == 0 || h->tail.cap > 4 * MEMORY_BYTES) {
+    if (histories.dir_fd >= 0 || h->tail.len == 0 || buf_cap(&h->tail) > 4 * MEMORY_BYTES) {
         history_free(h);
         return;
     }
@@ -2541,7 +2555,7 @@ static bool history_commit(struct history *h) {
     for (slice rest = kept; kept.len > MEMORY_BYTES && rest.len > 0; slice_split(&rest, '\n')) kept = rest;
     if (histories.dir_fd < 0) h->base = h->end - kept.len;
     buf_drop(&h->tail, h->tail.len - kept.len);
-    if (h->tail.cap > 4 * MEMORY_BYTES && h->tail.len <= MEMORY_BYTES) {   /* a long line was in it */
+    if (buf_cap(&h->tail) > 4 * MEMORY_BYTES && h->tail.len <= MEMORY_BYTES) {   /* a long line was in it */
         struct buf fresh = {0};
         buf_add(&fresh, buf_slice(&h->tail));
         buf_free(&h->tail);
