@@ -4561,7 +4561,6 @@ struct client {
     bool taken : 1;         /* it is served by a worker, if there is one */
     bool grouped : 1;       /* has been in a room */
     bool number_room : 1;   /* named its room by a number */
-    char id[21];
 };
 
 /* What happens to a client, in the numbers of the Gateway protocol. */
@@ -4580,10 +4579,10 @@ struct secret {
 };
 
 static struct {
-    struct table clients;          /* by id */
+    struct table clients;          /* by number */
     struct client *first, *last;   /* in order of coming */
     uint32_t last_number;
-    uint8_t gateway[6];            /* IPv4 address and port: the first half of every id */
+    char id[21];                   /* client_id()'s; all begin with address and port of the gateway */
     bool (*event)(struct client *cl, int event, slice text);   /* chapter 10's: has it been dealt with? */
     void (*greet)(struct client *cl, const struct request *q);   /* chapter 10's: there is a new one */
     struct json_field f[FIELDS];   /* of the message at hand */
@@ -4597,21 +4596,33 @@ static struct {
     unsigned long long received, limited;   /* messages, and those over --rate */
 } chat;
 
-static slice client_key(const void *item) { return (slice){((const struct client *)item)->id, 20}; }
+static slice client_key(const void *item) {
+    const struct client *cl = item;
+    return (slice){(const char *)&cl->number, sizeof cl->number};
+}
 
 static slice client_uid(const struct client *cl) { return slice_of(cl->uid != NULL ? cl->uid : ""); }
 
+/* Its id, until the next is asked for. Who is no client has one as well. */
+static slice client_id(const struct client *cl) {
+    for (int i = 0; i < 8 && cl->c != NULL; i++) chat.id[12 + i] = "0123456789abcdef"[cl->number >> (28 - 4 * i) & 15];
+    return cl->c != NULL ? (slice){chat.id, 20} : S("00000000000000000000");
+}
+
+/* The client of this number, or NULL. */
+static struct client *client_numbered(uint32_t number) {
+    return table_find(&chat.clients, client_key(&(struct client){.number = number}));
+}
+
 /* The client of this id, or NULL. */
-static struct client *client_find(slice id) { return id.len == 20 ? table_find(&chat.clients, id) : NULL; }
+static struct client *client_find(slice id) {
+    int64_t number = id.len == 20 ? slice_number(slice_cut(id, 12), 16) : -1;
+    struct client *cl = number >= 0 ? client_numbered((uint32_t)number) : NULL;
+    return cl != NULL && slice_eq(client_id(cl), id) ? cl : NULL;
+}
 
 /* The next younger client, or the oldest; NULL: there is none. */
 static struct client *client_next(const struct client *cl) { return cl != NULL ? cl->next : chat.first; }
-
-/* Writes the id of the client that has this number. */
-static void client_id(uint32_t number, char id[21]) {
-    const uint8_t *g = chat.gateway;
-    snprintf(id, 21, "%02x%02x%02x%02x%02x%02x%08x", g[0], g[1], g[2], g[3], g[4], g[5], number);
-}
 
 /* Its name from now on, as HTML. */
 static void client_name(struct client *cl, slice name) {
@@ -4661,7 +4672,7 @@ static slice chat_end_ref(void) {
 
 /* Adds who it is from, under the names this type has for that. */
 static void chat_add_from(const struct client *cl, const char *id_name, const char *name_name) {
-    json_add(&chat.json, id_name, client_key(cl));
+    json_add(&chat.json, id_name, client_id(cl));
     json_add(&chat.json, name_name, slice_of(cl->name));
 }
 
@@ -5015,7 +5026,7 @@ static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
     for (struct member *m = r->first; m != NULL; m = m->next) {
         const struct client *other = m->c->state;
         if (other->name == NULL) continue;   /* the back end has brought it here */
-        json_add(&chat.json, other->id, slice_of(other->name));
+        json_add(&chat.json, client_id(other).p, slice_of(other->name));
     }
     buf_addc(&chat.json, '}');
     ws_text(cl->c, chat_end_ref());
@@ -5136,15 +5147,17 @@ static void chat_echo(struct client *cl, const char *to_name, slice to, const ch
 
 /* To one client, now. */
 static bool chat_whisper(struct client *cl) {
+    char id[20];
     buf_clear(&chat.text);
     json_text(chat.f[TO_CLIENT_ID].raw, &chat.text);
     struct client *to = client_find(buf_slice(&chat.text));
     if (to == NULL || to->c->closing)
         return chat_error(cl, "no_such_client", "to_client_id: nobody of that id is here");
     if (!chat_field(cl, TO_CLIENT_NAME, &chat.name, 0) || !chat_field(cl, CONTENT, &chat.text, 0)) return false;
-    chat_write_say(cl, "to_client_id", client_key(to), says_to_you);
+    memcpy(id, client_id(to).p, sizeof id);
+    chat_write_say(cl, "to_client_id", (slice){id, sizeof id}, says_to_you);
     ws_text(to->c, chat_end());
-    chat_echo(cl, "to_client_id", client_key(to), NULL);
+    chat_echo(cl, "to_client_id", (slice){id, sizeof id}, NULL);
     return true;
 }
 
@@ -5170,7 +5183,6 @@ static bool chat_letter(struct client *cl) {
  * in `id`. */
 static bool chat_announce(struct room *r, struct client *to, slice name, slice text, char id[ID_BYTES + 1]) {
     struct client nobody = {0};
-    snprintf(nobody.id, sizeof nobody.id, "%020d", 0);
     buf_clear(&chat.html), buf_clear(&chat.text);
     html_escape(&chat.html, name, false);
     client_name(&nobody, buf_slice(&chat.html));
@@ -5178,7 +5190,7 @@ static bool chat_announce(struct room *r, struct client *to, slice name, slice t
     bool inbox = r != NULL && slice_starts(room_key(r), S("users/"));
     chat.ref = S("");
     *id = '\0';
-    slice whom = to != NULL ? client_key(to) : inbox ? room_name(r) : S("all");
+    slice whom = to != NULL ? client_id(to) : inbox ? room_name(r) : S("all");
     chat_write_say(&nobody, inbox ? "to_uid" : "to_client_id", whom, to != NULL || inbox ? says_to_you : S(""));
     free(nobody.name);
     if (to != NULL) return client_tell(to, chat_end(), false), true;
@@ -5279,7 +5291,7 @@ static void chat_absent(struct client *cl) {
         uint64_t since = past->end - (silent ? (uint32_t)past->end - m->heard : 0);
         if (m->replay != NULL && m->replay->at < since) since = m->replay->at;
         room_commit(m->room);
-        push_missed(cl->phone, past, since, client_key(cl));
+        push_missed(cl->phone, past, since, client_id(cl));
     }
     push_offline(cl->phone);
 }
@@ -5310,8 +5322,8 @@ static const struct proto chat_proto = {
 static void chat_upgraded(struct conn *c, const struct request *q) {
     struct client *cl = xcalloc(sizeof *cl);
     *cl = (struct client){.c = c, .tokens = (int32_t)opt.burst * 1000, .filled_ms = now.ms};
-    do client_id(cl->number = ++chat.last_number, cl->id);
-    while (client_find(client_key(cl)) != NULL);
+    do cl->number = ++chat.last_number;
+    while (client_numbered(cl->number) != NULL);
     table_add(&chat.clients, cl);
     cl->prev = chat.last;
     chat.last = *(cl->prev != NULL ? &cl->prev->next : &chat.first) = cl;
@@ -5332,7 +5344,8 @@ static void chat_init(const uint8_t gateway[6], bool (*event)(struct client *cl,
                       void (*greet)(struct client *cl, const struct request *q)) {
     uint32_t random;
     chat.clients.key = client_key;
-    memcpy(chat.gateway, gateway, sizeof chat.gateway);
+    snprintf(chat.id, sizeof chat.id, "%02x%02x%02x%02x%02x%02x%08x", gateway[0], gateway[1], gateway[2], gateway[3],
+             gateway[4], gateway[5], 0);
     chat.event = event;
     chat.greet = greet;
     if (RAND_bytes((unsigned char *)&random, sizeof random) != 1) die("no random bytes");
@@ -5946,10 +5959,7 @@ static void set_add_all(struct set *set) {
 
 /* The client of this number, unless it is going; or NULL. */
 static struct client *gateway_client(int64_t number) {
-    char id[21];
-    if (number < 0 || number > UINT32_MAX) return NULL;
-    client_id((uint32_t)number, id);
-    struct client *cl = client_find(slice_of(id));
+    struct client *cl = number >= 0 && number <= UINT32_MAX ? client_numbered((uint32_t)number) : NULL;
     return cl != NULL && !cl->c->closing ? cl : NULL;
 }
 
@@ -6659,7 +6669,7 @@ static bool api_clients(void) {
     for (const struct client *cl = set.first; cl != NULL; cl = cl->next_in_set) {
         json_comma(b);
         buf_add(b, S("\n{"));
-        json_add(b, "client_id", client_key(cl));
+        json_add(b, "client_id", client_id(cl));
         if (cl->name != NULL) json_add(b, "name", slice_of(cl->name));
         if (cl->seat != NULL) json_add(b, "room", room_name(cl->seat->room));
         if (cl->uid != NULL) json_add(b, "uid", slice_of(cl->uid));
