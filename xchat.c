@@ -894,7 +894,6 @@ struct conn {
     void *state;                   /* the protocol's */
     struct member *joined;         /* the rooms it is in */
     const char *why;               /* why it ends, for the log */
-    struct conn *next;             /* in loop.dirty */
     struct buf in, out;            /* input that is no whole unit yet; private output */
     int64_t deadline_ms;           /* the protocol's; a listener accepts nothing before it */
     SSL *ssl;                      /* NULL: plain text */
@@ -903,7 +902,7 @@ struct conn {
     uint32_t place;                /* ...and, unless it is parked, in the poll set */
     uint32_t searched;             /* bytes of `in` that were looked at already */
     struct addr peer;
-    short events;                  /* what it waits for */
+    uint8_t events;                /* what it waits for */
     bool dirty : 1, closing : 1, swept : 1, fin_sent : 1, eof : 1, lost : 1;
     bool parked : 1;                           /* in the epoll set */
     bool first : 1;                            /* it is heard before the others that are parked */
@@ -924,7 +923,8 @@ static struct {
     uint32_t n_polled, polled_cap;
     uint32_t freed;                /* connections, since memory was given back to the system */
     int epoll;                     /* 0: none */
-    struct conn *dirty;            /* has something to write or to end, after this round */
+    struct conn **dirty;           /* those that have something to write or to end, after this round */
+    uint32_t n_dirty;
     bool (*flush)(void);           /* chapter 7's: send what rooms have gathered */
     void (*tick)(void);            /* chapter 8's: a second has passed */
     int64_t tick_ms;               /* next look at the deadlines */
@@ -1022,6 +1022,7 @@ static struct conn *conn_new(int fd, const struct proto *proto, void *state, boo
     if (loop.n == loop.cap) {
         loop.cap = loop.cap > 0 ? loop.cap * 2 : 16;
         loop.conn = xrealloc(loop.conn, loop.cap * sizeof *loop.conn);
+        loop.dirty = xrealloc(loop.dirty, loop.cap * sizeof *loop.dirty);
     }
     struct conn *c = xcalloc(sizeof *c);
     *c = (struct conn){.fd = fd, .proto = proto, .state = state, .events = POLLIN};
@@ -1036,8 +1037,7 @@ static struct conn *conn_new(int fd, const struct proto *proto, void *state, boo
 static void conn_touch(struct conn *c) {
     if (c->dirty) return;
     c->dirty = true;
-    c->next = loop.dirty;
-    loop.dirty = c;
+    loop.dirty[loop.n_dirty++] = c;
 }
 
 /* Ends a connection once its output is sent. `why` is a literal; the first counts. */
@@ -1055,15 +1055,15 @@ static void conn_lost(struct conn *c, const char *why) {
 
 static bool conn_paused(const struct conn *c) { return c->out.len > OUT_HIGH; }
 
-static short conn_interest(const struct conn *c) {
+static uint8_t conn_interest(const struct conn *c) {
     bool listens = c->proto->accepted != NULL;
     bool reads = c->closing ? !c->eof : listens ? now.ms >= c->deadline_ms : !conn_paused(c) || c->muted;
-    return (short)((reads ? POLLIN : 0) | (c->blocked ? POLLOUT : 0));
+    return (uint8_t)((reads ? POLLIN : 0) | (c->blocked ? POLLOUT : 0));
 }
 
 /* Tells the kernel what this connection waits for now. What epoll does not take is polled. */
 static void conn_watch(struct conn *c) {
-    short events = conn_interest(c);
+    uint8_t events = conn_interest(c);
     if (events == c->events) return;
     c->events = events;
     if (!c->parked) loop.pfd[c->place].events = events;
@@ -1498,9 +1498,9 @@ static void conn_settle(struct conn *c) {
 /* Rooms first, since most members have nothing else to send. A connection that ends
  * can make a room speak again, so this goes on until nothing is left. */
 static void loop_settle(void) {
-    while (loop.flush() || loop.dirty != NULL)
-        for (struct conn *c; (c = loop.dirty) != NULL;) {
-            loop.dirty = c->next;
+    while (loop.flush() || loop.n_dirty > 0)
+        while (loop.n_dirty > 0) {
+            struct conn *c = loop.dirty[--loop.n_dirty];
             c->dirty = false;
             conn_settle(c);
         }
@@ -4552,8 +4552,6 @@ struct client {
     int32_t tokens;         /* thousandths of messages it may send now: chat_allow() */
     uint32_t number;        /* the second half of its id */
     uint32_t mark;          /* chapter 10's: whether it is in a set of clients, and that one */
-    struct client *prev, *next;   /* in order of coming */
-    struct client *next_in_set;   /* chapter 10's: behind it in that set */
     struct buf session;     /* as the back end set it, in PHP's words */
     struct peer *worker;    /* this one serves it, or NULL */
     uint8_t silences : 2;   /* times --ping since it was last heard */
@@ -4580,7 +4578,6 @@ struct secret {
 
 static struct {
     struct table clients;          /* by number */
-    struct client *first, *last;   /* in order of coming */
     uint32_t last_number;
     char id[21];                   /* client_id()'s; all begin with address and port of the gateway */
     bool (*event)(struct client *cl, int event, slice text);   /* chapter 10's: has it been dealt with? */
@@ -4621,8 +4618,14 @@ static struct client *client_find(slice id) {
     return cl != NULL && slice_eq(client_id(cl), id) ? cl : NULL;
 }
 
-/* The next younger client, or the oldest; NULL: there is none. */
-static struct client *client_next(const struct client *cl) { return cl != NULL ? cl->next : chat.first; }
+/* One client after the other, in no order; `at` begins as 0. NULL: that were all. */
+static struct client *client_next(size_t *at) {
+    while (*at < chat.clients.cap && chat.clients.slot[*at] == NULL) (*at)++;
+    return *at < chat.clients.cap ? chat.clients.slot[(*at)++] : NULL;
+}
+
+/* How many have come since. */
+static uint32_t client_age(const struct client *cl) { return chat.last_number - cl->number; }
 
 /* Its name from now on, as HTML. */
 static void client_name(struct client *cl, slice name) {
@@ -5303,8 +5306,6 @@ static void chat_closed(struct conn *c) {
     if (cl->seat != NULL && !known) chat_leave(cl);
     while (c->joined != NULL) room_leave(c->joined);
     table_remove(&chat.clients, client_key(cl));
-    *(cl->prev != NULL ? &cl->prev->next : &chat.first) = cl->next;
-    *(cl->next != NULL ? &cl->next->prev : &chat.last) = cl->prev;
     ws_end(c);
     buf_free(&cl->session);
     free(cl->uid);
@@ -5325,8 +5326,6 @@ static void chat_upgraded(struct conn *c, const struct request *q) {
     do cl->number = ++chat.last_number;
     while (client_numbered(cl->number) != NULL);
     table_add(&chat.clients, cl);
-    cl->prev = chat.last;
-    chat.last = *(cl->prev != NULL ? &cl->prev->next : &chat.first) = cl;
     c->state = cl;
     c->proto = &chat_proto;
     c->deadline_ms = now.ms + (int64_t)opt.ping_s * 1000;
@@ -5654,13 +5653,17 @@ static bool php_merge(slice old, slice add, struct buf *b) {
 static struct {
     struct secret key;
     struct peer *peers;        /* all, the oldest first */
-    uint32_t mark;             /* of the newest set of clients */
     struct conn *joined;       /* our connection to another register, or NULL */
     struct dial join;
     char host[256], register_port[8];   /* of that */
     uint8_t address[6];        /* of the gateway: IPv4 and port, as ids of clients have it... */
     char address_text[24];     /* ...and as the register does */
     uint16_t port;             /* of the chat */
+    struct set {
+        struct client **client;   /* in order of being added */
+        size_t n, cap;
+        uint32_t mark;         /* of who was ever added */
+    } set;
     int64_t join_ms;           /* not before then: connect to it; or say that we live */
     struct buf text;           /* a message that had to be written */
     struct buf name;           /* a value of JSON, decoded */
@@ -5800,7 +5803,8 @@ static ssize_t register_feed(struct conn *c, char *p, size_t n) {
 static void backend_closed(struct conn *c) {
     struct peer *peer = c->state, **at = &backend.peers;
     bool listed = !peer->gateway && peer->name.len > 0;
-    for (struct client *cl = NULL; (cl = client_next(cl)) != NULL;)
+    size_t i = 0;
+    for (struct client *cl; (cl = client_next(&i)) != NULL;)
         if (cl->worker == peer) cl->worker = NULL;
     while (*at != peer) at = &(*at)->next;
     *at = peer->next;
@@ -5927,23 +5931,20 @@ static void session_order(struct client *cl, slice session, bool update) {
 
 /* ---- Sets of clients. ---- */
 
-/* In order of being added. Nobody is in one twice, and in two at a time: a new set ends the older.
- * Borrowed from the chat, so it lasts as long as nothing is closed: until its maker returns. */
-struct set {
-    struct client *first, *last;
-    size_t n;
-    uint32_t mark;   /* of who was ever added */
-};
-
-static struct set set_new(void) { return (struct set){.mark = ++backend.mark}; }
+/* Makes the set an empty one. Nobody is in it twice. It borrows from the chat, so it lasts as long
+ * as nothing is closed: until its maker returns. */
+static struct set *set_new(void) {
+    backend.set.n = 0;
+    backend.set.mark++;
+    return &backend.set;
+}
 
 /* Adds a client, unless that is NULL, going, or was added before. */
 static void set_add(struct set *set, struct client *cl) {
     if (cl == NULL || cl->c->closing || cl->mark == set->mark) return;
     cl->mark = set->mark;
-    cl->next_in_set = NULL;
-    *(set->n++ > 0 ? &set->last->next_in_set : &set->first) = cl;
-    set->last = cl;
+    if (set->n == set->cap) set->client = xrealloc(set->client, (set->cap = 2 * set->cap + 8) * sizeof(void *));
+    set->client[set->n++] = cl;
 }
 
 /* Adds who is in a room or inbox of this name. */
@@ -5952,9 +5953,16 @@ static void set_add_room(struct set *set, slice space, slice name) {
     for (struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) set_add(set, m->c->state);
 }
 
-/* Adds all clients, the oldest first. */
+static int set_order(const void *a, const void *b) {
+    uint32_t one = client_age(*(struct client *const *)a), two = client_age(*(struct client *const *)b);
+    return (one < two) - (one > two);
+}
+
+/* Adds all clients that are not in it, the oldest first. */
 static void set_add_all(struct set *set) {
-    for (struct client *cl = NULL; (cl = client_next(cl)) != NULL;) set_add(set, cl);
+    size_t n = set->n, at = 0;
+    for (struct client *cl; (cl = client_next(&at)) != NULL;) set_add(set, cl);
+    if (set->n > n) qsort(set->client + n, set->n - n, sizeof(void *), set_order);
 }
 
 /* The client of this number, unless it is going; or NULL. */
@@ -6024,20 +6032,20 @@ static bool packet_message(const struct packet *p, slice *message) {
 /* SEND_TO_ALL, SEND_TO_UID, SEND_TO_GROUP. Who is in two of the groups hears it twice: that is
  * what the library's users are used to. */
 static void gateway_send(const struct packet *p) {
-    struct set set = set_new();
+    struct set *set = set_new();
     bool raw = (p->flag & AS_IT_IS) != 0, all = p->cmd == SEND_TO_ALL, users = p->cmd == SEND_TO_UID;
     slice message, name, json = ext_json(p->ext), chosen = all ? ext_list(json, "connections") : S("");
     if (!packet_message(p, &message)) return;
-    set_add_numbers(&set, chosen.len > 0 ? chosen : ext_list(json, "exclude"));
-    if (all && chosen.len == 0) set = (struct set){.mark = set.mark}, set_add_all(&set);   /* without those marked */
-    for (struct client *cl = all ? set.first : NULL; cl != NULL; cl = cl->next_in_set) client_tell(cl, message, raw);
+    set_add_numbers(set, chosen.len > 0 ? chosen : ext_list(json, "exclude"));
+    if (all && chosen.len == 0) set->n = 0, set_add_all(set);   /* without those marked */
+    for (size_t i = 0; all && i < set->n; i++) client_tell(set->client[i], message, raw);
     if (all) return;
     for (slice rest = users ? ext_inside(json) : ext_list(json, "group"); ext_each(&rest, &name);) {
         struct room *r = room_find(users ? S("users/") : S("rooms/"), name);
-        if (r != NULL && set.n == 0 && !raw) room_publish_next(r, message);   /* once for all of them */
+        if (r != NULL && set->n == 0 && !raw) room_publish_next(r, message);   /* once for all of them */
         else for (struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) {
             struct client *cl = m->c->state;
-            if (cl->mark != set.mark) client_tell(cl, message, raw);
+            if (cl->mark != set->mark) client_tell(cl, message, raw);
         }
     }
 }
@@ -6116,14 +6124,15 @@ static void set_add_where(struct set *set, slice where) {
 
 /* Of several clients: their numbers, in a list; or as keys, with what was asked for. */
 static void reply_clients(struct buf *b, const struct packet *p) {
-    struct set set = set_new();
+    struct set *set = set_new();
     size_t start = b->len, n = 0;
     slice json = p->cmd == SELECT ? ext_json(p->ext) : S(""), fields = ext_list(json, "fields");
-    if (p->cmd == GET_ALL_CLIENT_SESSIONS) set_add_all(&set);
+    if (p->cmd == GET_ALL_CLIENT_SESSIONS) set_add_all(set);
     else if (p->cmd != SELECT)
-        set_add_room(&set, p->cmd == GET_CLIENT_SESSIONS_BY_GROUP ? S("rooms/") : S("users/"), p->ext);
-    else if (*json.p == '{') set_add_where(&set, ext_field(json, "where"));
-    for (struct client *cl = set.first; cl != NULL && b->len <= ANSWER_MAX; cl = cl->next_in_set, n++) {
+        set_add_room(set, p->cmd == GET_CLIENT_SESSIONS_BY_GROUP ? S("rooms/") : S("users/"), p->ext);
+    else if (*json.p == '{') set_add_where(set, ext_field(json, "where"));
+    for (; n < set->n && b->len <= ANSWER_MAX; n++) {
+        struct client *cl = set->client[n];
         if (p->cmd == GET_CLIENT_ID_BY_UID) buf_printf(b, "i:%zu;", n);
         buf_printf(b, "i:%u;", cl->number);
         if (p->cmd == SELECT) reply_fields(b, cl, fields);
@@ -6158,7 +6167,7 @@ static void reply_rooms(struct buf *b) {
  * client (NULL): the library would wait for it for ever. False: it has none. */
 static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b) {
     struct room *r = p->cmd == UNGROUP ? room_find(S("rooms/"), p->ext) : NULL;
-    struct set all = set_new();
+    struct set *all = set_new();
     switch (p->cmd) {
     case SEND_TO_ALL: case SEND_TO_UID: case SEND_TO_GROUP: gateway_send(p); return false;
     case UNGROUP:
@@ -6170,8 +6179,9 @@ static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b
     case BATCH_GET_CLIENT_ID_BY_UID: case BATCH_GET_CLIENT_COUNT_BY_GROUP: reply_batch(b, p); return true;
     case IS_ONLINE: buf_add(b, cl != NULL ? S("i:1;") : S("i:0;")); return true;
     case GET_CLIENT_COUNT_BY_GROUP:   /* without a group: of all */
-        if (p->ext.len == 0) set_add_all(&all);
-        buf_printf(b, "i:%zu;", p->ext.len == 0 ? all.n : room_clients(room_find(S("rooms/"), p->ext)));
+        all = set_new();
+        if (p->ext.len == 0) set_add_all(all);
+        buf_printf(b, "i:%zu;", p->ext.len == 0 ? all->n : room_clients(room_find(S("rooms/"), p->ext)));
         return true;
     case GET_GROUP_ID_LIST: reply_rooms(b); return true;
     case GET_SESSION_BY_CLIENT_ID:
@@ -6628,16 +6638,17 @@ static bool api_join(void) {
 
 /* /api/kick: a client, or all connections of a user. */
 static bool api_kick(void) {
-    struct set set = set_new();
+    struct set *set = set_new();
     if (api.given[A_CLIENT] == api.given[A_UID]) return api_bad("one of client_id and uid is needed");
-    if (api.given[A_UID]) set_add_room(&set, S("users/"), api_value(A_UID));
-    else set_add(&set, api_client());
-    if (api.given[A_CLIENT] && set.n == 0) return false;
-    for (struct client *cl = set.first; cl != NULL; cl = cl->next_in_set) {
+    if (api.given[A_UID]) set_add_room(set, S("users/"), api_value(A_UID));
+    else set_add(set, api_client());
+    if (api.given[A_CLIENT] && set->n == 0) return false;
+    for (size_t i = 0; i < set->n; i++) {
+        struct client *cl = set->client[i];
         if (api.given[A_MESSAGE]) client_tell(cl, api.raw.len > 0 ? api.raw : api_value(A_MESSAGE), false);
         ws_close(cl->c, WS_KICKED, "kicked by the back end");
     }
-    return api_done("kicked", set.n);
+    return api_done("kicked", set->n);
 }
 
 /* /api/push: to phones, whether somebody is connected or not. */
@@ -6661,12 +6672,13 @@ static bool api_push(void) {
 /* /api/clients: all, or those of a room or user; one a line. */
 static bool api_clients(void) {
     struct buf *b = &api.json;
-    struct set set = set_new();
-    if (api.given[A_ROOM]) set_add_room(&set, S("rooms/"), api_value(A_ROOM));
-    else if (api.given[A_UID]) set_add_room(&set, S("users/"), api_value(A_UID));
-    else set_add_all(&set);
+    struct set *set = set_new();
+    if (api.given[A_ROOM]) set_add_room(set, S("rooms/"), api_value(A_ROOM));
+    else if (api.given[A_UID]) set_add_room(set, S("users/"), api_value(A_UID));
+    else set_add_all(set);
     buf_add(b, S("{\"clients\":["));
-    for (const struct client *cl = set.first; cl != NULL; cl = cl->next_in_set) {
+    for (size_t i = 0; i < set->n; i++) {
+        const struct client *cl = set->client[i];
         json_comma(b);
         buf_add(b, S("\n{"));
         json_add(b, "client_id", client_id(cl));

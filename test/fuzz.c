@@ -254,7 +254,7 @@ static void fuzz_gateway(int kind, const uint8_t *data, size_t size) {
             push_offline(held[--n_held]);
         } else if (op == 12) {
             now.ms += 1 << (arg & 15), now.wall += (1 << (arg & 15)) / 1000;
-            if ((arg & 16) != 0) c->heard_ms = now.ms;
+            if ((arg & 16) != 0 && c->state != NULL) ((struct gate *)c->state)->heard_ms = now.ms;
             for (uint32_t i = 0; i < loop.n; i++)
                 if (!loop.conn[i]->closing) gate_tick(loop.conn[i]);
             push_tick();
@@ -401,11 +401,11 @@ static void feed(struct conn *c, slice s, size_t step) {
 /* A client is in its rooms as they have it, speaks in one of them, and has the inbox of its user. */
 static void check_client(const struct client *cl) {
     bool seat = cl->seat == NULL, inbox = cl->inbox == NULL;
-    if (cl->c->state != cl || cl->mark > backend.mark || (cl->inbox == NULL) != (cl->uid == NULL)) abort();
+    if (cl->c->state != cl || cl->mark > backend.set.mark || (cl->inbox == NULL) != (cl->uid == NULL)) abort();
     for (const struct member *m = cl->c->joined; m != NULL; m = m->also) {
         const struct member *in = m->room->first;
         while (in != NULL && in != m) in = in->next;
-        if (in == NULL || m->c != cl->c || m->cursor > m->room->end) abort();
+        if (in == NULL || m->c != cl->c || m->room->end - m->cursor > m->room->log.len) abort();
         if (table_find(&rooms.by_name, room_key(m->room)) != m->room) abort();
         if (slice_starts(room_key(m->room), S("rooms/")) != (m != cl->inbox)) abort();
         seat |= m == cl->seat, inbox |= m == cl->inbox;
