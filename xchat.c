@@ -4540,20 +4540,24 @@ static void push_try(void) {
  * Promises: bad input hurts nobody but its sender.
  */
 
+struct more {               /* what few clients have */
+    char *uid;              /* the user it has proved to be, owned, or NULL: client_identify() */
+    struct member *inbox;   /* its place in its user's inbox, or NULL */
+    struct device *phone;   /* if it has told its device token, and there is --apns; or NULL */
+    struct buf session;     /* as the back end set it, in PHP's words */
+    struct peer *worker;    /* this one serves it, or NULL */
+};
+
 struct client {
     struct ws ws;           /* must be first */
     struct conn *c;
     struct member *seat;    /* in the room it speaks in; NULL before login */
-    struct member *inbox;   /* its place in its user's inbox, or NULL */
-    struct device *phone;   /* if it has told its device token, and there is --apns; or NULL */
-    char *uid;              /* the user it has proved to be, owned, or NULL: client_identify() */
+    struct more *more;      /* owned; or chat.none, which stays empty: client_more() */
     char *name;             /* HTML, owned; NULL before login */
     int64_t filled_ms;      /* when tokens were last added */
     int32_t tokens;         /* thousandths of messages it may send now: chat_allow() */
     uint32_t number;        /* the second half of its id */
     uint32_t mark;          /* chapter 10's: whether it is in a set of clients, and that one */
-    struct buf session;     /* as the back end set it, in PHP's words */
-    struct peer *worker;    /* this one serves it, or NULL */
     uint8_t silences : 2;   /* times --ping since it was last heard */
     bool newer : 1;         /* there was a login since its session was set */
     bool taken : 1;         /* it is served by a worker, if there is one */
@@ -4579,6 +4583,7 @@ struct secret {
 static struct {
     struct table clients;          /* by number */
     uint32_t last_number;
+    struct more none;
     char id[21];                   /* client_id()'s; all begin with address and port of the gateway */
     bool (*event)(struct client *cl, int event, slice text);   /* chapter 10's: has it been dealt with? */
     void (*greet)(struct client *cl, const struct request *q);   /* chapter 10's: there is a new one */
@@ -4598,7 +4603,7 @@ static slice client_key(const void *item) {
     return (slice){(const char *)&cl->number, sizeof cl->number};
 }
 
-static slice client_uid(const struct client *cl) { return slice_of(cl->uid != NULL ? cl->uid : ""); }
+static slice client_uid(const struct client *cl) { return slice_of(cl->more->uid != NULL ? cl->more->uid : ""); }
 
 /* Its id, until the next is asked for. Who is no client has one as well. */
 static slice client_id(const struct client *cl) {
@@ -4626,6 +4631,12 @@ static struct client *client_next(size_t *at) {
 
 /* How many have come since. */
 static uint32_t client_age(const struct client *cl) { return chat.last_number - cl->number; }
+
+/* The same as cl->more, to be changed. */
+static struct more *client_more(struct client *cl) {
+    if (cl->more == &chat.none) cl->more = xcalloc(sizeof *cl->more);
+    return cl->more;
+}
 
 /* Its name from now on, as HTML. */
 static void client_name(struct client *cl, slice name) {
@@ -5021,9 +5032,9 @@ static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
     if (cl->seat == NULL) cl->seat = client_join(cl, r, 0);
     chat.json.len--;   /* open the object again: now the copy for the client */
     int64_t at = past_position(r, SINCE);
-    int64_t inbox_at = cl->inbox != NULL ? past_position(cl->inbox->room, INBOX_SINCE) : -1;
+    int64_t inbox_at = cl->more->inbox != NULL ? past_position(cl->more->inbox->room, INBOX_SINCE) : -1;
     past_add_newest(r, SINCE, at, "id", "recovered");
-    if (cl->inbox != NULL) past_add_newest(cl->inbox->room, INBOX_SINCE, inbox_at, "inbox_id", "inbox_recovered");
+    if (cl->more->inbox != NULL) past_add_newest(cl->more->inbox->room, INBOX_SINCE, inbox_at, "inbox_id", "inbox_recovered");
     json_name(&chat.json, "client_list");
     buf_addc(&chat.json, '{');
     for (struct member *m = r->first; m != NULL; m = m->next) {
@@ -5034,7 +5045,7 @@ static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
     buf_addc(&chat.json, '}');
     ws_text(cl->c, chat_end_ref());
     past_resume(cl->seat, SINCE, at);
-    if (cl->inbox != NULL) past_resume(cl->inbox, INBOX_SINCE, inbox_at);
+    if (cl->more->inbox != NULL) past_resume(cl->more->inbox, INBOX_SINCE, inbox_at);
     if (newest < 0 || chat.f[SINCE].raw.p != NULL) return;
     member_replay(cl->seat, 0, false);   /* it no longer wants what it asked for before */
     chat_send_last(cl, r->past->end, newest, false);
@@ -5052,21 +5063,21 @@ static bool chat_phone(struct client *cl) {
 /* The phone of this token is in the client's room from now on, and in its user's inbox,
  * whether it is connected or not. */
 static void chat_subscribe(struct client *cl, slice token) {
-    struct device *old = cl->phone, *d = push_online(token, client_uid(cl));
+    struct device *old = cl->more->phone, *d = push_online(token, client_uid(cl));
     for (struct member *m = cl->c->joined; d != NULL && m != NULL; m = m->also) push_join(d, room_key(m->room));
     if (old != NULL) push_offline(old);
-    cl->phone = d;
+    client_more(cl)->phone = d;
 }
 
 /* From now on this client is this user, or nobody (""), and in the user's inbox, and so is its
  * phone. If the inbox cannot be opened now, the next call may do it. */
 static void client_identify(struct client *cl, slice uid) {
     bool same = slice_eq(client_uid(cl), uid);
-    if (!same && cl->inbox != NULL) room_leave(cl->inbox), cl->inbox = NULL;
-    if (!same) free(cl->uid), cl->uid = uid.len > 0 ? memcpy(xcalloc(uid.len + 1), uid.p, uid.len) : NULL;
-    struct room *inbox = cl->uid != NULL && cl->inbox == NULL ? room_open(S("users/"), uid) : NULL;
-    if (inbox != NULL && !inbox->past->unknown) cl->inbox = room_join(inbox, cl->c, ROOMS_PER_CLIENT);
-    if (!same && cl->phone != NULL) chat_subscribe(cl, device_key(cl->phone));
+    if (!same && cl->more->inbox != NULL) room_leave(cl->more->inbox), cl->more->inbox = NULL;
+    if (!same) free(cl->more->uid), client_more(cl)->uid = uid.len > 0 ? memcpy(xcalloc(uid.len + 1), uid.p, uid.len) : NULL;
+    struct room *inbox = cl->more->uid != NULL && cl->more->inbox == NULL ? room_open(S("users/"), uid) : NULL;
+    if (inbox != NULL && !inbox->past->unknown) cl->more->inbox = room_join(inbox, cl->c, ROOMS_PER_CLIENT);
+    if (!same && cl->more->phone != NULL) chat_subscribe(cl, device_key(cl->more->phone));
 }
 
 static bool chat_login(struct client *cl) {
@@ -5100,9 +5111,9 @@ static bool chat_login(struct client *cl) {
 static bool chat_logout(struct client *cl) {
     slice forget = chat.f[FORGET_DEVICE].raw;
     if (cl->seat == NULL) return chat_error(cl, "not_logged_in", "logout needs a login first");
-    if (cl->phone != NULL && forget.p != NULL && *forget.p == 't') push_forget(cl->phone), devices_store();
+    if (cl->more->phone != NULL && forget.p != NULL && *forget.p == 't') push_forget(cl->more->phone), devices_store();
     chat_leave(cl);
-    buf_free(&cl->session);
+    buf_free(&cl->more->session);
     chat.json.len--;   /* what the others got, with the ref, is the answer */
     ws_text(cl->c, chat_end_ref());
     return true;
@@ -5119,7 +5130,7 @@ static void chat_write_say(const struct client *cl, const char *to_name, slice t
     html_escape(html, buf_slice(&chat.text), true);
     chat_begin(S("say"));
     chat_add_from(cl, "from_client_id", "from_client_name");
-    if (cl->uid != NULL) json_add(&chat.json, "from_uid", slice_of(cl->uid));
+    if (cl->more->uid != NULL) json_add(&chat.json, "from_uid", slice_of(cl->more->uid));
     json_add(&chat.json, to_name, to);
     json_add(&chat.json, "content", buf_slice(html));
     chat_add_time();
@@ -5185,7 +5196,7 @@ static bool chat_letter(struct client *cl) {
  * if `r` is NULL, to one client. False: it could not be stored; else its id, if it has one, is
  * in `id`. */
 static bool chat_announce(struct room *r, struct client *to, slice name, slice text, char id[ID_BYTES + 1]) {
-    struct client nobody = {0};
+    struct client nobody = {.more = &chat.none};
     buf_clear(&chat.html), buf_clear(&chat.text);
     html_escape(&chat.html, name, false);
     client_name(&nobody, buf_slice(&chat.html));
@@ -5294,21 +5305,22 @@ static void chat_absent(struct client *cl) {
         uint64_t since = past->end - (silent ? (uint32_t)past->end - m->heard : 0);
         if (m->replay != NULL && m->replay->at < since) since = m->replay->at;
         room_commit(m->room);
-        push_missed(cl->phone, past, since, client_id(cl));
+        push_missed(cl->more->phone, past, since, client_id(cl));
     }
-    push_offline(cl->phone);
+    push_offline(cl->more->phone);
 }
 
 static void chat_closed(struct conn *c) {
     struct client *cl = c->state;
-    if (cl->phone != NULL) chat_absent(cl);
+    if (cl->more->phone != NULL) chat_absent(cl);
     bool known = chat.event(cl, ON_CLOSE, S(""));
     if (cl->seat != NULL && !known) chat_leave(cl);
     while (c->joined != NULL) room_leave(c->joined);
     table_remove(&chat.clients, client_key(cl));
     ws_end(c);
-    buf_free(&cl->session);
-    free(cl->uid);
+    buf_free(&cl->more->session);
+    free(cl->more->uid);
+    if (cl->more != &chat.none) free(cl->more);
     free(cl->name);
     free(cl);
     c->state = NULL;
@@ -5322,7 +5334,7 @@ static const struct proto chat_proto = {
 /* `upgraded` of the chat's site: this connection is a client from now on. */
 static void chat_upgraded(struct conn *c, const struct request *q) {
     struct client *cl = xcalloc(sizeof *cl);
-    *cl = (struct client){.c = c, .tokens = (int32_t)opt.burst * 1000, .filled_ms = now.ms};
+    *cl = (struct client){.c = c, .more = &chat.none, .tokens = (int32_t)opt.burst * 1000, .filled_ms = now.ms};
     do cl->number = ++chat.last_number;
     while (client_numbered(cl->number) != NULL);
     table_add(&chat.clients, cl);
@@ -5805,7 +5817,7 @@ static void backend_closed(struct conn *c) {
     bool listed = !peer->gateway && peer->name.len > 0;
     size_t i = 0;
     for (struct client *cl; (cl = client_next(&i)) != NULL;)
-        if (cl->worker == peer) cl->worker = NULL;
+        if (cl->more->worker == peer) cl->more->worker = NULL;
     while (*at != peer) at = &(*at)->next;
     *at = peer->next;
     buf_free(&peer->name);
@@ -5864,8 +5876,8 @@ static bool name_ok(slice s) {
 
 /* The session is this from now on; it is no part of the old one. */
 static void session_keep(struct client *cl, slice session) {
-    buf_free(&cl->session);
-    buf_add(&cl->session, session);
+    buf_free(&cl->more->session);
+    buf_add(&client_more(cl)->session, session);
     cl->newer = false;
 }
 
@@ -5873,14 +5885,14 @@ static void session_keep(struct client *cl, slice session) {
  * there is too much to merge. Pages expect the room as the login had it, as a number or as text. */
 static slice session_get(struct client *cl) {
     struct buf login = {0}, merged = {0};
-    if (cl->seat == NULL || !cl->newer) return buf_slice(&cl->session);
+    if (cl->seat == NULL || !cl->newer) return buf_slice(&cl->more->session);
     php_string(&login, S("room_id"));
     (cl->number_room ? php_key : php_string)(&login, room_name(cl->seat->room));
     php_pair(&login, "client_name", slice_of(cl->name));
     php_array(&login, 0, 2);
-    if (php_merge(buf_slice(&cl->session), buf_slice(&login), &merged)) session_keep(cl, buf_slice(&merged));
+    if (php_merge(buf_slice(&cl->more->session), buf_slice(&login), &merged)) session_keep(cl, buf_slice(&merged));
     buf_free(&login), buf_free(&merged);
-    return buf_slice(&cl->session);
+    return buf_slice(&cl->more->session);
 }
 
 /* The value of this key in a session, if it is text or an integer; else its text is empty. */
@@ -6060,7 +6072,7 @@ static void gateway_tell(const struct packet *p, struct client *cl) {
 static void gateway_leave(struct client *cl, struct member *m) {
     if (cl->seat == m) {
         session_get(cl);
-        if (cl->worker == NULL) chat_leave(cl);   /* others hear of it */
+        if (cl->more->worker == NULL) chat_leave(cl);   /* others hear of it */
         else cl->seat = NULL, room_leave(m);
     } else room_leave(m);
 }
@@ -6091,7 +6103,7 @@ static void gateway_do(const struct packet *p, struct client *cl) {
 static void reply_groups(struct buf *b, const struct client *cl) {
     size_t start = b->len, n = 0;
     for (const struct member *m = cl->c->joined; m != NULL; m = m->also) {
-        if (m == cl->inbox) continue;
+        if (m == cl->more->inbox) continue;
         php_key(b, room_name(m->room));
         php_string(b, room_name(m->room));
         n++;
@@ -6106,7 +6118,7 @@ static void reply_fields(struct buf *b, struct client *cl, slice fields) {
     for (slice name; b->len <= ANSWER_MAX && ext_each(&fields, &name); n++) {
         php_key(b, name);
         if (slice_eq(name, S("session"))) php_string(b, session_get(cl));
-        else if (slice_eq(name, S("uid")) && cl->uid != NULL) php_string(b, slice_of(cl->uid));
+        else if (slice_eq(name, S("uid")) && cl->more->uid != NULL) php_string(b, slice_of(cl->more->uid));
         else if (slice_eq(name, S("groups"))) reply_groups(b, cl);
         else buf_add(b, S("N;"));
     }
@@ -6201,14 +6213,14 @@ static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b
 static bool worker_event(struct client *cl, int event, slice body) {
     const struct addr *peer = &cl->c->peer;
     if (!cl->taken) return false;
-    if (cl->worker != NULL && cl->worker->c->closing) cl->worker = NULL;
-    struct peer *best = NULL, *p = cl->worker == NULL ? worker_next(NULL, true) : NULL;
+    if (cl->more->worker != NULL && cl->more->worker->c->closing) cl->more->worker = NULL;
+    struct peer *best = NULL, *p = cl->more->worker == NULL ? worker_next(NULL, true) : NULL;
     for (; p != NULL; p = worker_next(p, true))
         if (best == NULL || p->clients < best->clients) best = p;
-    if (best != NULL) best->clients++, cl->worker = best;
-    if (cl->worker == NULL) return false;
-    struct buf *b = &cl->worker->c->out;
-    if (b->len > WORKER_BACKLOG) conn_lost(cl->worker->c, "a worker that does not read");
+    if (best != NULL) best->clients++, client_more(cl)->worker = best;
+    if (cl->more->worker == NULL) return false;
+    struct buf *b = &cl->more->worker->c->out;
+    if (b->len > WORKER_BACKLOG) conn_lost(cl->more->worker->c, "a worker that does not read");
     slice session = session_get(cl);
     buf_be(b, PACKET_HEAD + session.len + body.len, 4);
     buf_be(b, (uint64_t)event, 1);
@@ -6221,8 +6233,8 @@ static bool worker_event(struct client *cl, int event, slice body) {
     buf_be(b, session.len, 4);
     buf_add(b, session);
     buf_add(b, body);
-    conn_touch(cl->worker->c);
-    if (event == ON_CLOSE) cl->worker->clients--;
+    conn_touch(cl->more->worker->c);
+    if (event == ON_CLOSE) cl->more->worker->clients--;
     return true;
 }
 
@@ -6684,12 +6696,12 @@ static bool api_clients(void) {
         json_add(b, "client_id", client_id(cl));
         if (cl->name != NULL) json_add(b, "name", slice_of(cl->name));
         if (cl->seat != NULL) json_add(b, "room", room_name(cl->seat->room));
-        if (cl->uid != NULL) json_add(b, "uid", slice_of(cl->uid));
+        if (cl->more->uid != NULL) json_add(b, "uid", slice_of(cl->more->uid));
         json_add(b, "address", slice_of(addr_text(&cl->c->peer)));
         json_name(b, "groups");
         buf_addc(b, '[');
         for (const struct member *m = cl->c->joined; m != NULL; m = m->also)
-            if (m != cl->inbox) json_comma(b), json_quote(b, room_name(m->room));
+            if (m != cl->more->inbox) json_comma(b), json_quote(b, room_name(m->room));
         buf_add(b, S("]}"));
     }
     buf_add(b, S("]}"));

@@ -400,19 +400,19 @@ static void feed(struct conn *c, slice s, size_t step) {
 
 /* A client is in its rooms as they have it, speaks in one of them, and has the inbox of its user. */
 static void check_client(const struct client *cl) {
-    bool seat = cl->seat == NULL, inbox = cl->inbox == NULL;
-    if (cl->c->state != cl || cl->mark > backend.set.mark || (cl->inbox == NULL) != (cl->uid == NULL)) abort();
+    bool seat = cl->seat == NULL, inbox = cl->more->inbox == NULL;
+    if (cl->c->state != cl || cl->mark > backend.set.mark || (cl->more->inbox == NULL) != (cl->more->uid == NULL)) abort();
     for (const struct member *m = cl->c->joined; m != NULL; m = m->also) {
         const struct member *in = m->room->first;
         while (in != NULL && in != m) in = in->next;
         if (in == NULL || m->c != cl->c || m->room->end - m->cursor > m->room->log.len) abort();
         if (table_find(&rooms.by_name, room_key(m->room)) != m->room) abort();
-        if (slice_starts(room_key(m->room), S("rooms/")) != (m != cl->inbox)) abort();
-        seat |= m == cl->seat, inbox |= m == cl->inbox;
+        if (slice_starts(room_key(m->room), S("rooms/")) != (m != cl->more->inbox)) abort();
+        seat |= m == cl->seat, inbox |= m == cl->more->inbox;
     }
     if (!seat || !inbox || (cl->seat != NULL && cl->name == NULL) || room_count(cl->c) > ROOMS_PER_CLIENT) abort();
-    if (cl->uid != NULL && !slice_eq(room_name(cl->inbox->room), slice_of(cl->uid))) abort();
-    slice session = buf_slice(&cl->session);
+    if (cl->more->uid != NULL && !slice_eq(room_name(cl->more->inbox->room), slice_of(cl->more->uid))) abort();
+    slice session = buf_slice(&cl->more->session);
     if (session.len > SESSION_MAX + 1000) abort();
     if (!php_valid(session, backend.key.len > 0) && memchr(session.p, ':', session.len) != NULL) abort();
 }
@@ -428,7 +428,7 @@ static void check_backend(void) {
         if (p->gateway && p->worker && !p->known) abort();
         for (size_t i = 0; i < chat.clients.cap; i++) {
             const struct client *cl = chat.clients.slot[i];
-            served += cl != NULL && cl->worker == p;
+            served += cl != NULL && cl->more->worker == p;
         }
         if (served != p->clients || (served > 0 && !(p->gateway && p->worker))) abort();
         workers += served;
@@ -437,7 +437,7 @@ static void check_backend(void) {
         const struct client *cl = chat.clients.slot[i];
         if (cl == NULL) continue;
         check_client(cl);
-        if (cl->worker != NULL) workers--;
+        if (cl->more->worker != NULL) workers--;
     }
     if (workers != 0) abort();   /* a worker that is none */
     for (size_t i = 0; i < rooms.by_name.cap; i++) {

@@ -1577,7 +1577,7 @@ static void test_inbox(void) {
     check_text("the sender", slice_of(news(0)), S(SAYS(TO_BOB, "one") "|"));
     check_text("a connection", slice_of(news(1)), S(SAYS(TO_YOU, "one") "|"));
     check_text("another", slice_of(news(2)), S(SAYS(TO_YOU, "one") "|"));
-    history_newest(((struct client *)bob[1]->state)->inbox->room->past, id);
+    history_newest(((struct client *)bob[1]->state)->more->inbox->room->past, id);
     wire_close(bob[0]), wire_close(bob[1]);
     chat_message(ann, S("{\"type\":\"say\",\"to_uid\":\"42\",\"to_client_name\":\"Bob\",\"content\":\"two\"}"));
     chat_message(ann, S("{\"type\":\"say\",\"to_uid\":\"43\",\"to_client_name\":\"\",\"content\":\"not his\"}"));
@@ -1599,7 +1599,7 @@ static void test_inbox(void) {
     chat_message(ann, S("{\"type\":\"history\"}"));
     check_text("a room of that name", slice_of(news(0)),
                S("{\"type\":\"history\",\"room_id\":\"users/42\",\"messages\":[],\"more\":false}|"));
-    CHECK(((struct client *)ann->state)->inbox == NULL, "an inbox without a uid");
+    CHECK(((struct client *)ann->state)->more->inbox == NULL, "an inbox without a uid");
     static const struct {
         const char *fields, *code;
     } wrong[] = {
@@ -2800,35 +2800,35 @@ static void test_identify(void) {
     push.devices.key = device_key, push.audiences.key = audience_key;
     push.file = -1;
     client_identify(cl, S(""));
-    CHECK(cl->uid == NULL && c->joined == NULL, "nobody has an inbox");
+    CHECK(cl->more->uid == NULL && c->joined == NULL, "nobody has an inbox");
     client_identify(cl, S("a"));
-    CHECK(strcmp(cl->uid, "a") == 0 && cl->inbox != NULL && slice_eq(room_key(cl->inbox->room), S("users/a")), "before login");
-    struct member *inbox = cl->inbox;
+    CHECK(strcmp(cl->more->uid, "a") == 0 && cl->more->inbox != NULL && slice_eq(room_key(cl->more->inbox->room), S("users/a")), "before login");
+    struct member *inbox = cl->more->inbox;
     client_identify(cl, client_uid(cl));
-    CHECK(cl->inbox == inbox && inbox->also == NULL, "twice the same");
+    CHECK(cl->more->inbox == inbox && inbox->also == NULL, "twice the same");
     chat_message(c, S("{\"type\":\"login\",\"client_name\":\"A\",\"room_id\":\"r\",\"device_token\":\"00112233445566778899\"}"));
-    struct device *d = cl->phone;
-    CHECK(cl->inbox == inbox && d != NULL && is_hex(&d->uid, "61"), "logged in");
+    struct device *d = cl->more->phone;
+    CHECK(cl->more->inbox == inbox && d != NULL && is_hex(&d->uid, "61"), "logged in");
     CHECK(device_in(d, table_find(&push.audiences, S("users/a"))) != NULL && push.audiences.n == 2, "%zu audiences", push.audiences.n);
     push_join(d, S("rooms/old"));
 
     client_identify(cl, S("b"));
-    CHECK(strcmp(cl->uid, "b") == 0 && slice_eq(room_key(cl->inbox->room), S("users/b")) && cl->seat != NULL, "another");
+    CHECK(strcmp(cl->more->uid, "b") == 0 && slice_eq(room_key(cl->more->inbox->room), S("users/b")) && cl->seat != NULL, "another");
     loop_settle();
     CHECK(table_find(&rooms.by_name, S("users/a")) == NULL && rooms.by_name.n == 2, "the old inbox is open");
-    CHECK(cl->phone == d && d->online == 1 && is_hex(&d->uid, "62"), "the phone");
+    CHECK(cl->more->phone == d && d->online == 1 && is_hex(&d->uid, "62"), "the phone");
     CHECK(device_in(d, table_find(&push.audiences, S("users/b"))) != NULL, "the phone is not in the new inbox");
     CHECK(device_in(d, table_find(&push.audiences, S("rooms/r"))) != NULL, "the phone is not in the room");
     CHECK(push.audiences.n == 2, "the phone is in the rooms of another user");
 
     opt.max_rooms = 2;   /* no room for an inbox: without it, until there is */
     client_identify(cl, S("c"));
-    CHECK(cl->inbox == NULL && strcmp(cl->uid, "c") == 0, "too many rooms");
+    CHECK(cl->more->inbox == NULL && strcmp(cl->more->uid, "c") == 0, "too many rooms");
     loop_settle();
     client_identify(cl, client_uid(cl));
-    CHECK(cl->inbox != NULL, "the inbox is not opened later");
+    CHECK(cl->more->inbox != NULL, "the inbox is not opened later");
     client_identify(cl, S(""));
-    CHECK(cl->uid == NULL && cl->inbox == NULL && d->uid.len == 0, "nobody again");
+    CHECK(cl->more->uid == NULL && cl->more->inbox == NULL && d->uid.len == 0, "nobody again");
     push_forget(d);
     wire_close(c);
     CHECK(push.devices.n == 0 && push.audiences.n == 0, "something is left");
