@@ -924,7 +924,7 @@ static struct {
     uint32_t freed;                /* connections, since memory was given back to the system */
     int epoll;                     /* 0: none */
     struct conn **dirty;           /* those that have something to write or to end, after this round */
-    uint32_t n_dirty;
+    uint32_t n_dirty, dirty_cap;
     bool (*flush)(void);           /* chapter 7's: send what rooms have gathered */
     void (*tick)(void);            /* chapter 8's: a second has passed */
     int64_t tick_ms;               /* next look at the deadlines */
@@ -1020,9 +1020,8 @@ static void park_ready(void (*ready)(struct conn *c, short events)) { (void)read
  * conn_close() or conn_lost(). */
 static struct conn *conn_new(int fd, const struct proto *proto, void *state, bool parked) {
     if (loop.n == loop.cap) {
-        loop.cap = loop.cap > 0 ? loop.cap * 2 : 16;
+        loop.cap += loop.cap / 4 + 16;
         loop.conn = xrealloc(loop.conn, loop.cap * sizeof *loop.conn);
-        loop.dirty = xrealloc(loop.dirty, loop.cap * sizeof *loop.dirty);
     }
     struct conn *c = xcalloc(sizeof *c);
     *c = (struct conn){.fd = fd, .proto = proto, .state = state, .events = POLLIN};
@@ -1037,6 +1036,8 @@ static struct conn *conn_new(int fd, const struct proto *proto, void *state, boo
 static void conn_touch(struct conn *c) {
     if (c->dirty) return;
     c->dirty = true;
+    if (loop.n_dirty == loop.dirty_cap)
+        loop.dirty = xrealloc(loop.dirty, (loop.dirty_cap = 2 * loop.dirty_cap + 16) * sizeof *loop.dirty);
     loop.dirty[loop.n_dirty++] = c;
 }
 
@@ -4540,8 +4541,9 @@ static void push_try(void) {
  * Promises: bad input hurts nobody but its sender.
  */
 
-struct more {               /* what few clients have */
-    char *uid;              /* the user it has proved to be, owned, or NULL: client_identify() */
+struct more {               /* what few clients have, all owned but for the pointers to other structs */
+    char *name;             /* if it is a long one, or NULL */
+    char *uid;              /* the user it has proved to be, or NULL: client_identify() */
     struct member *inbox;   /* its place in its user's inbox, or NULL */
     struct device *phone;   /* if it has told its device token, and there is --apns; or NULL */
     struct buf session;     /* as the back end set it, in PHP's words */
@@ -4553,7 +4555,6 @@ struct client {
     struct conn *c;
     struct member *seat;    /* in the room it speaks in; NULL before login */
     struct more *more;      /* owned; or chat.none, which stays empty: client_more() */
-    char *name;             /* HTML, owned; NULL before login */
     int64_t filled_ms;      /* when tokens were last added */
     int32_t tokens;         /* thousandths of messages it may send now: chat_allow() */
     uint32_t number;        /* the second half of its id */
@@ -4563,6 +4564,8 @@ struct client {
     bool taken : 1;         /* it is served by a worker, if there is one */
     bool grouped : 1;       /* has been in a room */
     bool number_room : 1;   /* named its room by a number */
+    bool named : 1;         /* has a name, that of its last login... */
+    char name[24];          /* ...in HTML, here or, if it is longer, in `more` */
 };
 
 /* What happens to a client, in the numbers of the Gateway protocol. */
@@ -4638,11 +4641,25 @@ static struct more *client_more(struct client *cl) {
     return cl->more;
 }
 
-/* Its name from now on, as HTML. */
-static void client_name(struct client *cl, slice name) {
-    char *copy = memcpy(xcalloc(name.len + 1), name.p, name.len);
-    free(cl->name);
-    cl->name = copy;
+/* Its name, as HTML; empty before login. */
+static slice client_name(const struct client *cl) {
+    return slice_of(cl->more->name != NULL ? cl->more->name : cl->name);
+}
+
+static void client_rename(struct client *cl, slice name) {
+    bool fits = name.len < sizeof cl->name;
+    free(cl->more->name), cl->more->name = NULL;
+    char *copy = fits ? cl->name : (client_more(cl)->name = xcalloc(name.len + 1));
+    memcpy(copy, name.p, name.len);
+    copy[name.len] = '\0';
+    cl->named = true;
+}
+
+/* Frees what it owns. */
+static void client_clear(struct client *cl) {
+    free(cl->more->name), free(cl->more->uid);
+    buf_free(&cl->more->session);
+    if (cl->more != &chat.none) free(cl->more);
 }
 
 /* Puts a client into a room, see room_join(); some places are kept for what it does itself. */
@@ -4687,7 +4704,7 @@ static slice chat_end_ref(void) {
 /* Adds who it is from, under the names this type has for that. */
 static void chat_add_from(const struct client *cl, const char *id_name, const char *name_name) {
     json_add(&chat.json, id_name, client_id(cl));
-    json_add(&chat.json, name_name, slice_of(cl->name));
+    json_add(&chat.json, name_name, client_name(cl));
 }
 
 static void chat_add_time(void) { json_add(&chat.json, "time", slice_of(now.text)); }
@@ -5032,20 +5049,21 @@ static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
     if (cl->seat == NULL) cl->seat = client_join(cl, r, 0);
     chat.json.len--;   /* open the object again: now the copy for the client */
     int64_t at = past_position(r, SINCE);
-    int64_t inbox_at = cl->more->inbox != NULL ? past_position(cl->more->inbox->room, INBOX_SINCE) : -1;
+    struct member *inbox = cl->more->inbox;
+    int64_t inbox_at = inbox != NULL ? past_position(inbox->room, INBOX_SINCE) : -1;
     past_add_newest(r, SINCE, at, "id", "recovered");
-    if (cl->more->inbox != NULL) past_add_newest(cl->more->inbox->room, INBOX_SINCE, inbox_at, "inbox_id", "inbox_recovered");
+    if (inbox != NULL) past_add_newest(inbox->room, INBOX_SINCE, inbox_at, "inbox_id", "inbox_recovered");
     json_name(&chat.json, "client_list");
     buf_addc(&chat.json, '{');
     for (struct member *m = r->first; m != NULL; m = m->next) {
         const struct client *other = m->c->state;
-        if (other->name == NULL) continue;   /* the back end has brought it here */
-        json_add(&chat.json, client_id(other).p, slice_of(other->name));
+        if (!other->named) continue;   /* the back end has brought it here */
+        json_add(&chat.json, client_id(other).p, client_name(other));
     }
     buf_addc(&chat.json, '}');
     ws_text(cl->c, chat_end_ref());
     past_resume(cl->seat, SINCE, at);
-    if (cl->more->inbox != NULL) past_resume(cl->more->inbox, INBOX_SINCE, inbox_at);
+    if (inbox != NULL) past_resume(inbox, INBOX_SINCE, inbox_at);
     if (newest < 0 || chat.f[SINCE].raw.p != NULL) return;
     member_replay(cl->seat, 0, false);   /* it no longer wants what it asked for before */
     chat_send_last(cl, r->past->end, newest, false);
@@ -5073,11 +5091,12 @@ static void chat_subscribe(struct client *cl, slice token) {
  * phone. If the inbox cannot be opened now, the next call may do it. */
 static void client_identify(struct client *cl, slice uid) {
     bool same = slice_eq(client_uid(cl), uid);
-    if (!same && cl->more->inbox != NULL) room_leave(cl->more->inbox), cl->more->inbox = NULL;
-    if (!same) free(cl->more->uid), client_more(cl)->uid = uid.len > 0 ? memcpy(xcalloc(uid.len + 1), uid.p, uid.len) : NULL;
-    struct room *inbox = cl->more->uid != NULL && cl->more->inbox == NULL ? room_open(S("users/"), uid) : NULL;
-    if (inbox != NULL && !inbox->past->unknown) cl->more->inbox = room_join(inbox, cl->c, ROOMS_PER_CLIENT);
-    if (!same && cl->more->phone != NULL) chat_subscribe(cl, device_key(cl->more->phone));
+    struct more *more = same && uid.len == 0 ? cl->more : client_more(cl);
+    if (!same && more->inbox != NULL) room_leave(more->inbox), more->inbox = NULL;
+    if (!same) free(more->uid), more->uid = uid.len > 0 ? memcpy(xcalloc(uid.len + 1), uid.p, uid.len) : NULL;
+    struct room *inbox = more->uid != NULL && more->inbox == NULL ? room_open(S("users/"), uid) : NULL;
+    if (inbox != NULL && !inbox->past->unknown) more->inbox = room_join(inbox, cl->c, ROOMS_PER_CLIENT);
+    if (!same && more->phone != NULL) chat_subscribe(cl, device_key(more->phone));
 }
 
 static bool chat_login(struct client *cl) {
@@ -5100,7 +5119,7 @@ static bool chat_login(struct client *cl) {
     client_identify(cl, chat.n_secrets > 0 ? buf_slice(&chat.uid) : client_uid(cl));
     buf_clear(&chat.html);
     html_escape(&chat.html, buf_slice(&chat.name), false);
-    client_name(cl, buf_slice(&chat.html));
+    client_rename(cl, buf_slice(&chat.html));
     cl->number_room = chat.f[ROOM_ID].raw.p != NULL && *chat.f[ROOM_ID].raw.p != '"';
     cl->newer = true;
     chat_enter(cl, r, newest);
@@ -5199,14 +5218,14 @@ static bool chat_announce(struct room *r, struct client *to, slice name, slice t
     struct client nobody = {.more = &chat.none};
     buf_clear(&chat.html), buf_clear(&chat.text);
     html_escape(&chat.html, name, false);
-    client_name(&nobody, buf_slice(&chat.html));
+    client_rename(&nobody, buf_slice(&chat.html));
     buf_add(&chat.text, text);
     bool inbox = r != NULL && slice_starts(room_key(r), S("users/"));
     chat.ref = S("");
     *id = '\0';
     slice whom = to != NULL ? client_id(to) : inbox ? room_name(r) : S("all");
     chat_write_say(&nobody, inbox ? "to_uid" : "to_client_id", whom, to != NULL || inbox ? says_to_you : S(""));
-    free(nobody.name);
+    client_clear(&nobody);
     if (to != NULL) return client_tell(to, chat_end(), false), true;
     chat_publish(r);
     if (!room_commit(r)) return false;
@@ -5318,10 +5337,7 @@ static void chat_closed(struct conn *c) {
     while (c->joined != NULL) room_leave(c->joined);
     table_remove(&chat.clients, client_key(cl));
     ws_end(c);
-    buf_free(&cl->more->session);
-    free(cl->more->uid);
-    if (cl->more != &chat.none) free(cl->more);
-    free(cl->name);
+    client_clear(cl);
     free(cl);
     c->state = NULL;
 }
@@ -5888,7 +5904,7 @@ static slice session_get(struct client *cl) {
     if (cl->seat == NULL || !cl->newer) return buf_slice(&cl->more->session);
     php_string(&login, S("room_id"));
     (cl->number_room ? php_key : php_string)(&login, room_name(cl->seat->room));
-    php_pair(&login, "client_name", slice_of(cl->name));
+    php_pair(&login, "client_name", client_name(cl));
     php_array(&login, 0, 2);
     if (php_merge(buf_slice(&cl->more->session), buf_slice(&login), &merged)) session_keep(cl, buf_slice(&merged));
     buf_free(&login), buf_free(&merged);
@@ -5918,7 +5934,7 @@ static void session_set(struct client *cl, slice session) {
     struct room *r = good ? group_open(room.text) : NULL;
     cl->seat = r != NULL ? client_join(cl, r, 0) : NULL;
     cl->number_room = room.type == 'i';
-    if (cl->seat != NULL) client_name(cl, name);
+    if (cl->seat != NULL) client_rename(cl, name);
     session_keep(cl, session);
 }
 
@@ -6694,7 +6710,7 @@ static bool api_clients(void) {
         json_comma(b);
         buf_add(b, S("\n{"));
         json_add(b, "client_id", client_id(cl));
-        if (cl->name != NULL) json_add(b, "name", slice_of(cl->name));
+        if (cl->named) json_add(b, "name", client_name(cl));
         if (cl->seat != NULL) json_add(b, "room", room_name(cl->seat->room));
         if (cl->more->uid != NULL) json_add(b, "uid", slice_of(cl->more->uid));
         json_add(b, "address", slice_of(addr_text(&cl->c->peer)));

@@ -410,7 +410,7 @@ static void check_client(const struct client *cl) {
         if (slice_starts(room_key(m->room), S("rooms/")) != (m != cl->more->inbox)) abort();
         seat |= m == cl->seat, inbox |= m == cl->more->inbox;
     }
-    if (!seat || !inbox || (cl->seat != NULL && cl->name == NULL) || room_count(cl->c) > ROOMS_PER_CLIENT) abort();
+    if (!seat || !inbox || (cl->seat != NULL && !cl->named) || room_count(cl->c) > ROOMS_PER_CLIENT) abort();
     if (cl->more->uid != NULL && !slice_eq(room_name(cl->more->inbox->room), slice_of(cl->more->uid))) abort();
     slice session = buf_slice(&cl->more->session);
     if (session.len > SESSION_MAX + 1000) abort();
