@@ -169,7 +169,7 @@ enum {
     OUT_HIGH = 65536,         /* who has more unread answers is not read from */
     PARKED_READY = 1024,      /* parked connections that are handled in one round */
     TICK_MS = 1000,           /* how often deadlines are looked at */
-    FREED_MANY = 64,          /* so many connections that have ended may leave holes in the heap */
+    MOVED_MANY = 64,          /* so many connections that came or went may leave holes in the heap */
     CLOSE_MS = 5000,          /* to send the rest, and to see the peer go */
     LOG_LINE_MAX = 480        /* bytes; the rest is cut */
 };
@@ -327,7 +327,7 @@ static void buf_free(struct buf *b) {
 
 /* Makes room for n more bytes. Returns where the caller writes them; it adds to `len`. */
 static char *buf_room(struct buf *b, size_t n) {
-    size_t need = b->len + n, cap = buf_cap(b), more = need < 2 * cap ? 2 * cap : (need + 63) / 64 * 64;
+    size_t need = b->len + n, cap = buf_cap(b), more = need < 2 * cap ? 2 * cap : (need + 271) / 256 * 256 - 16;
     if (need > INT32_MAX) die("a buffer of %zu bytes is beyond every limit", need);
     if (b->off + need > cap) {
         bool fits = need <= cap && b->off >= cap / 2;
@@ -921,7 +921,7 @@ static struct {
     struct pollfd *pfd;            /* those in the poll set... */
     struct conn **polled;          /* ...and who they are; NULL: the epoll set */
     uint32_t n_polled, polled_cap;
-    uint32_t freed;                /* connections, since memory was given back to the system */
+    uint32_t moved;                /* connections that came or went, since memory was given back to the system */
     int epoll;                     /* 0: none */
     struct conn **dirty;           /* those that have something to write or to end, after this round */
     uint32_t n_dirty, dirty_cap;
@@ -1026,6 +1026,7 @@ static struct conn *conn_new(int fd, const struct proto *proto, void *state, boo
     struct conn *c = xcalloc(sizeof *c);
     *c = (struct conn){.fd = fd, .proto = proto, .state = state, .events = POLLIN};
     c->slot = loop.n++;
+    loop.moved++;
     loop.conn[c->slot] = c;
     c->parked = parked && park(c);
     if (!c->parked) c->place = poll_add(fd, POLLIN, c);
@@ -1459,7 +1460,7 @@ static void listener_closed(struct conn *l) {
 
 static void conn_free(struct conn *c) {
     SSL_free(c->ssl);
-    loop.freed++;
+    loop.moved++;
     if (c->parked) unpark(c);
     close(c->fd);
     if (c->proto->freed != NULL) c->proto->freed(c);
@@ -7484,7 +7485,7 @@ static void notify_open(void) {
 static void main_tick(void) {
     if (opt.apns != NULL) push_tick();
     if (opt.join != NULL) join_tick();
-    if (loop.freed >= FREED_MANY) loop.freed = 0, memory_trim();
+    if (loop.moved >= MOVED_MANY) loop.moved = 0, memory_trim();
     if (loop_stopping() && !mains.stopping) mains.stopping = true, notify("STOPPING=1");
     if (mains.watchdog_ms == 0 || now.ms < mains.alive_ms) return;
     notify("WATCHDOG=1");
