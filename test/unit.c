@@ -887,7 +887,7 @@ static void test_callers(void) {
 /* ---- Streams. What a parser understood is on the tape, what it answered on wire 0. ---- */
 
 static struct buf tape;
-static struct ws tape_ws;
+static struct client tape_client;   /* chat_feed() wants one */
 
 static void tape_message(struct conn *c, slice text) {
     (void)c;
@@ -911,7 +911,7 @@ static void tape_request(struct conn *c, const struct request *q) {
 static void tape_upgraded(struct conn *c, const struct request *q) {
     (void)q;
     c->proto = &tape_proto;
-    c->state = &tape_ws;
+    c->state = &tape_client;
 }
 
 static struct site tape_site = {tape_request, tape_upgraded, 0, NULL};
@@ -921,8 +921,8 @@ enum { EACH_BYTE = -1, WHOLE = 0 };
 
 /* Feeds a new connection, in two pieces or as said, and gives what it has sent. */
 static void play(bool is_http, slice input, long cut, struct buf *sent) {
-    struct conn *c = wire_open(0, &tape_proto, &tape_ws);
-    tape_ws = (struct ws){0};
+    struct conn *c = wire_open(0, &tape_proto, &tape_client);
+    tape_client = (struct client){0};
     buf_clear(&tape);
     if (is_http) http_accepted(&tape_listener, c);
     for (size_t i = 0; cut == EACH_BYTE && i < input.len; i++)
