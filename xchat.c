@@ -289,7 +289,7 @@ PRINTF(2, 3) static void log_line(const char *level, const char *format, ...) {
 #define die(...) (log_line("error", __VA_ARGS__), exit(1))     /* cannot start, or go on */
 #define usage(...) (log_line("error", __VA_ARGS__), exit(2))   /* a wrong option */
 
-enum { BUF_HEAD = 8 };   /* bytes in front of p, for `cap` */
+enum { BUF_HEAD = 8 };   /* bytes in front of p, with `cap` as the last of them */
 
 struct buf {
     char *p;
@@ -309,16 +309,7 @@ static void sha256(slice s, unsigned char hash[SHA256_DIGEST_LENGTH]) {
 static void *xcalloc(size_t n) { return memset(xrealloc(NULL, n), 0, n); }
 static slice buf_slice(const struct buf *b) { return b->len > 0 ? (slice){b->p + b->off, b->len} : S(""); }
 
-static size_t buf_cap(const struct buf *b) {
-    uint32_t cap = 0;
-    if (b->p != NULL) memcpy(&cap, b->p - BUF_HEAD, sizeof cap);
-    return cap;
-}
-
-static void buf_resize(struct buf *b, uint32_t cap) {
-    b->p = (char *)xrealloc(b->p != NULL ? b->p - BUF_HEAD : NULL, BUF_HEAD + cap) + BUF_HEAD;
-    memcpy(b->p - BUF_HEAD, &cap, sizeof cap);
-}
+static uint32_t buf_cap(const struct buf *b) { return b->p != NULL ? ((uint32_t *)(void *)b->p)[-1] : 0; }
 
 static void buf_free(struct buf *b) {
     if (b->p != NULL) free(b->p - BUF_HEAD);
@@ -333,7 +324,10 @@ static char *buf_room(struct buf *b, size_t n) {
         bool fits = need <= cap && b->off >= cap / 2;
         if (b->len > 0) memmove(b->p, b->p + b->off, b->len);
         b->off = 0;
-        if (!fits) buf_resize(b, (uint32_t)(more < INT32_MAX ? more : INT32_MAX));
+        if (fits) return b->p + b->len;
+        if (more > INT32_MAX) more = INT32_MAX;
+        b->p = (char *)xrealloc(b->p != NULL ? b->p - BUF_HEAD : NULL, BUF_HEAD + more) + BUF_HEAD;
+        ((uint32_t *)(void *)b->p)[-1] = (uint32_t)more;
     }
     return b->p + b->off + b->len;
 }
@@ -787,10 +781,16 @@ static size_t table_slot(const struct table *t, slice key) {
 /* The item of this key, or NULL. */
 static void *table_find(const struct table *t, slice key) { return t->cap > 0 ? t->slot[table_slot(t, key)] : NULL; }
 
+/* One item after the other, in no order; `at` begins as 0. NULL: that were all. */
+static void *table_next(const struct table *t, size_t *at) {
+    while (*at < t->cap && t->slot[*at] == NULL) (*at)++;
+    return *at < t->cap ? t->slot[(*at)++] : NULL;
+}
+
 static void table_resize(struct table *t, size_t cap) {
     struct table next = {t->key, xcalloc(cap * sizeof(void *)), cap, t->n};
-    for (size_t i = 0; i < t->cap; i++)
-        if (t->slot[i] != NULL) next.slot[table_slot(&next, t->key(t->slot[i]))] = t->slot[i];
+    size_t at = 0;
+    for (void *item; (item = table_next(t, &at)) != NULL;) next.slot[table_slot(&next, t->key(item))] = item;
     free(t->slot);
     *t = next;
 }
@@ -3274,11 +3274,9 @@ static void devices_compact(bool end) {
     buf_clear(&push.lines);
     push.file_lines = 0;
     push.compact_ms = now.ms + PUSH_SECONDS(60);
-    for (size_t i = 0; i < push.devices.cap; i++) {
-        const struct device *d = push.devices.slot[i];
-        for (struct subscription *s = d != NULL ? d->first : NULL; s != NULL; s = s->also)
-            device_write(d, s, end ? s->waiting : NULL);
-    }
+    size_t at = 0;
+    for (const struct device *d; (d = table_next(&push.devices, &at)) != NULL;)
+        for (struct subscription *s = d->first; s != NULL; s = s->also) device_write(d, s, end ? s->waiting : NULL);
     push.kept_lines = push.file_lines;
     bool ok = data_write("devices", buf_slice(&push.lines));
     int fd = ok ? history_openat((struct path){"devices"}, O_WRONLY | O_APPEND) : -1;
@@ -3512,13 +3510,12 @@ static void push_alert(struct buf *b, slice text) {
 static uint32_t push_show(slice token, slice uid, slice room, slice text) {
     struct audience *a = room.len > 0 ? table_find(&push.audiences, room) : NULL;
     struct buf tokens = {0}, payload = {0};   /* first, since to queue a push may make another go */
+    size_t at = 0;
     push_alert(&payload, text);
     if (token.len > 0) buf_add(&tokens, token), buf_addc(&tokens, ' ');
-    for (size_t i = 0; i < push.devices.cap; i++) {
-        const struct device *d = push.devices.slot[i];
-        if (d != NULL && (uid.len > 0 ? slice_eq(buf_slice(&d->uid), uid) : a != NULL && device_in(d, a) != NULL))
+    for (const struct device *d; (d = table_next(&push.devices, &at)) != NULL;)
+        if (uid.len > 0 ? slice_eq(buf_slice(&d->uid), uid) : a != NULL && device_in(d, a) != NULL)
             buf_add(&tokens, device_key(d)), buf_addc(&tokens, ' ');
-    }
     uint32_t n = 0;
     for (slice rest = buf_slice(&tokens); rest.len > 0; n++) {
         struct push *p = push_new(slice_split(&rest, ' '));
@@ -4602,10 +4599,7 @@ static struct {
     unsigned long long received, limited;   /* messages, and those over --rate */
 } chat;
 
-static slice client_key(const void *item) {
-    const struct client *cl = item;
-    return (slice){(const char *)&cl->number, sizeof cl->number};
-}
+static slice client_key(const void *item) { return (slice){(const char *)&((const struct client *)item)->number, 4}; }
 
 static slice client_uid(const struct client *cl) { return slice_of(cl->more->uid != NULL ? cl->more->uid : ""); }
 
@@ -4627,14 +4621,8 @@ static struct client *client_find(slice id) {
     return cl != NULL && slice_eq(client_id(cl), id) ? cl : NULL;
 }
 
-/* One client after the other, in no order; `at` begins as 0. NULL: that were all. */
-static struct client *client_next(size_t *at) {
-    while (*at < chat.clients.cap && chat.clients.slot[*at] == NULL) (*at)++;
-    return *at < chat.clients.cap ? chat.clients.slot[(*at)++] : NULL;
-}
-
-/* How many have come since. */
-static uint32_t client_age(const struct client *cl) { return chat.last_number - cl->number; }
+/* One client after the other; `at` begins as 0. NULL: that were all. */
+static struct client *client_next(size_t *at) { return table_next(&chat.clients, at); }
 
 /* The same as cl->more, to be changed. */
 static struct more *client_more(struct client *cl) {
@@ -4651,8 +4639,7 @@ static void client_rename(struct client *cl, slice name) {
     bool fits = name.len < sizeof cl->name;
     free(cl->more->name), cl->more->name = NULL;
     char *copy = fits ? cl->name : (client_more(cl)->name = xcalloc(name.len + 1));
-    memcpy(copy, name.p, name.len);
-    copy[name.len] = '\0';
+    snprintf(copy, name.len + 1, "%.*s", F(name));
     cl->named = true;
 }
 
@@ -5962,11 +5949,7 @@ static void session_order(struct client *cl, slice session, bool update) {
 
 /* Makes the set an empty one. Nobody is in it twice. It borrows from the chat, so it lasts as long
  * as nothing is closed: until its maker returns. */
-static struct set *set_new(void) {
-    backend.set.n = 0;
-    backend.set.mark++;
-    return &backend.set;
-}
+static struct set *set_new(void) { return backend.set.n = 0, backend.set.mark++, &backend.set; }
 
 /* Adds a client, unless that is NULL, going, or was added before. */
 static void set_add(struct set *set, struct client *cl) {
@@ -5983,8 +5966,7 @@ static void set_add_room(struct set *set, slice space, slice name) {
 }
 
 static int set_order(const void *a, const void *b) {
-    uint32_t one = client_age(*(struct client *const *)a), two = client_age(*(struct client *const *)b);
-    return (one < two) - (one > two);
+    return (int32_t)((*(struct client *const *)a)->number - (*(struct client *const *)b)->number);
 }
 
 /* Adds all clients that are not in it, the oldest first. */
@@ -6208,7 +6190,6 @@ static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b
     case BATCH_GET_CLIENT_ID_BY_UID: case BATCH_GET_CLIENT_COUNT_BY_GROUP: reply_batch(b, p); return true;
     case IS_ONLINE: buf_add(b, cl != NULL ? S("i:1;") : S("i:0;")); return true;
     case GET_CLIENT_COUNT_BY_GROUP:   /* without a group: of all */
-        all = set_new();
         if (p->ext.len == 0) set_add_all(all);
         buf_printf(b, "i:%zu;", p->ext.len == 0 ? all->n : room_clients(room_find(S("rooms/"), p->ext)));
         return true;

@@ -1635,7 +1635,8 @@ static slice minted(const char *head, const char *claims, const struct secret *k
     }
     pass_sign(&text, key);
     buf_free(b);
-    buf_resize(b, text.len);
+    b->p = (char *)xrealloc(NULL, BUF_HEAD + text.len) + BUF_HEAD;
+    ((uint32_t *)(void *)b->p)[-1] = text.len;
     memcpy(b->p, buf_slice(&text).p, b->len = text.len);
     buf_free(&text);
     return buf_slice(b);
