@@ -96,6 +96,7 @@ enum { IS_ONLINE = 11, BIND_UID = 12, SEND_TO_UID = 14 };
 #define EVENTS      1024
 #define SLOWEST_US  5000000         /* latencies above are only in max_us */
 #define SETTLE_NS   100000000       /* this long nothing came: all is idle */
+#define TIDY_NS     1500000000      /* ...and it gave back to the system what it could, once a second */
 #define GIVE_UP_NS  5000000000      /* this long nothing came: it never will */
 
 /* --- Waiting --------------------------------------------------------------- *
@@ -816,7 +817,7 @@ int main(int argc, char **argv) {
     connect_all();
     double span_ns = (double)(clock_ns() - start_ns);
     if (opt.orders) back_end_open();
-    wait_quiet(SETTLE_NS, UINT64_MAX);
+    wait_quiet(opt.senders > 0 ? SETTLE_NS : TIDY_NS, UINT64_MAX);
     printf("clients=%.0f rooms=%" PRIu64 " senders=%" PRIu64 " logins_s=%.0f login_cpu_us=%.1f"
            " dirty_each=%.0f rss_each=%.0f login_bytes=%.0f", clients, opt.rooms, opt.senders,
            clients / span_ns * 1e9, cpu < 0 ? -1 : (server_cpu_ns() - cpu) / clients / 1000,
