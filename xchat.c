@@ -7498,7 +7498,8 @@ static void check_memory(void) {
     uint64_t message = (uint64_t)opt.max_message * 7, backlog = opt.backlog > message ? opt.backlog : message;
     uint64_t list = (uint64_t)opt.max_clients * (6 * NAME_MAX_BYTES + 32), tls = opt.tls_cert != NULL ? 51200 : 0;
     uint64_t in = READ_BYTES + opt.max_head + opt.max_message, tail = opt.data != NULL ? 0 : (uint64_t)4 * MEMORY_BYTES;
-    uint64_t client = sizeof(struct conn) + sizeof(struct client) + ROOMS_PER_CLIENT * sizeof(struct member);
+    uint64_t client = sizeof(struct conn) + sizeof(struct client) + sizeof(struct more) + 6 * NAME_MAX_BYTES +
+                      ROOMS_PER_CLIENT * sizeof(struct member);
     const struct {
         uint64_t n, bytes;
         const char *what;
