@@ -2793,6 +2793,29 @@ static void test_jwt_read(void) {
     push.key_hash = 0;
 }
 
+/* Names short and long, one after the other; ids, and all that differ from one in a digit. */
+static void test_who(void) {
+    struct client *a = chatter(0)->state, *b = chatter(1)->state;
+    char name[400], id[21];
+    memset(name, 'n', sizeof name);
+    for (size_t i = 0, len = 0; i < 12; i++, len = (size_t[]){384, 23, 24, 25, 0, 24, 384, 1, 22}[i % 9]) {
+        client_rename(a, (slice){name, len});
+        CHECK(slice_eq(client_name(a), (slice){name, len}) && client_name(b).len == 0, "a name of %zu bytes", len);
+    }
+    CHECK(a->named && !b->named && b->more == &chat.none, "who has no name has nothing");
+    memcpy(id, client_id(b).p, sizeof id);
+    id[20] = '\0';
+    CHECK(b->number == a->number + 1 && client_find(slice_of(id)) == b && client_numbered(a->number) == a, "numbers");
+    for (size_t i = 0; i < 20; i++) {
+        char good = id[i], *wrong = "0aA g";
+        for (; *wrong != '\0'; wrong++)
+            if (id[i] = *wrong, *wrong != good) CHECK(client_find(slice_of(id)) != b, "%s is found", id);
+        id[i] = good;
+    }
+    CHECK(client_find((slice){id, 19}) == NULL && client_find(S("")) == NULL, "a part of an id is found");
+    wire_close(a->c), wire_close(b->c);
+}
+
 /* Who becomes another user leaves the inbox of the first, and so does the phone. */
 static void test_identify(void) {
     struct conn *c = chatter(0);
@@ -2803,8 +2826,8 @@ static void test_identify(void) {
     client_identify(cl, S(""));
     CHECK(cl->more->uid == NULL && c->joined == NULL, "nobody has an inbox");
     client_identify(cl, S("a"));
-    CHECK(strcmp(cl->more->uid, "a") == 0 && cl->more->inbox != NULL && slice_eq(room_key(cl->more->inbox->room), S("users/a")), "before login");
     struct member *inbox = cl->more->inbox;
+    CHECK(strcmp(cl->more->uid, "a") == 0 && inbox != NULL && slice_eq(room_key(inbox->room), S("users/a")), "before login");
     client_identify(cl, client_uid(cl));
     CHECK(cl->more->inbox == inbox && inbox->also == NULL, "twice the same");
     chat_message(c, S("{\"type\":\"login\",\"client_name\":\"A\",\"room_id\":\"r\",\"device_token\":\"00112233445566778899\"}"));
@@ -2922,7 +2945,7 @@ static const struct {
     TEST(rooms_memory), TEST(rooms_stop), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
     TEST(room_get), TEST(rooms_order),
     TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(replay), TEST(silence),
-    TEST(base64url), TEST(pass_rfc), TEST(pass), TEST(pass_forged), TEST(identify),
+    TEST(base64url), TEST(pass_rfc), TEST(pass), TEST(pass_forged), TEST(who), TEST(identify),
     TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(push_who), TEST(push_alert),
     TEST(push_limits), TEST(push_again), TEST(gate_failed), TEST(binary_tick), TEST(push_answers), TEST(h2_errors), TEST(device_read), TEST(jwt_read),
     TEST(push_absent), TEST(pending),
