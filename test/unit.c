@@ -297,7 +297,7 @@ static void test_buffers(void) {
         most = len > most ? len : most;
         CHECK(slice_eq(buf_slice(&b), (slice){model, len}), "step %u (%u): bytes", step, what);
         CHECK(b.off + b.len <= buf_cap(&b) && (buf_cap(&b) == 0) == (b.p == NULL), "step %u: bounds", step);
-        CHECK(buf_cap(&b) <= 4 * most + 1300, "%zu live bytes at most, but cap %zu", most, buf_cap(&b));
+        CHECK(buf_cap(&b) <= 4 * most + 1300, "%zu live bytes at most, but cap %u", most, buf_cap(&b));
     }
     CHECK(most > 1000, "too easy: %zu", most);
     buf_free(&b);
@@ -306,7 +306,7 @@ static void test_buffers(void) {
         buf_add(&b, S("0123456789"));
         if (b.len > 100) buf_drop(&b, 10);
     }
-    CHECK(buf_cap(&b) <= 512, "a queue of 110 bytes takes %zu", buf_cap(&b));
+    CHECK(buf_cap(&b) <= 512, "a queue of 110 bytes takes %u", buf_cap(&b));
     buf_clear(&b);
     CHECK(b.len == 0 && b.off == 0, "cleared");
     buf_free(&b);
@@ -1272,7 +1272,7 @@ static void test_rooms_memory(void) {
     CHECK(r->log.len > 1000, "the log has %u bytes, but one member has not read", r->log.len);
     wire_drain(c[0], SIZE_MAX);
     CHECK(heard(&wires[0].out, '0').len == 1100, "not all was sent");
-    CHECK(r->log.p == NULL, "all have read, but the log keeps %zu bytes", buf_cap(&r->log));
+    CHECK(r->log.p == NULL, "all have read, but the log keeps %u bytes", buf_cap(&r->log));
     wire_close(c[0]), wire_close(c[1]);
     check_empty();
 }
@@ -2882,7 +2882,7 @@ static void test_push_absent(void) {
         wires[1].takes = reads ? SIZE_MAX : 0;
         chat_message(bob, slice_of(text)), loop_settle();
         if (reads) wire_drain(bob, SIZE_MAX);
-        const struct device *d = ((struct client *)bob->state)->phone;
+        const struct device *d = ((struct client *)bob->state)->more->phone;
         CHECK(d != NULL && d->unread == 0 && (bob->joined->replay == NULL) == reads, "logged in, %d", reads);
         ws_close(bob, WS_SILENT, "test"), loop_settle();
         CHECK(d->online == 0 && d->unread == (reads ? 0 : 2) && push.later.n == (reads ? 0 : 1), "%u unread", d->unread);
