@@ -2599,6 +2599,7 @@ static void test_binary_tick(void) {
         c->state = NULL, conn_lost(c, "test over"), loop_settle();
     }
     struct conn *c = wire_open(0, &feedback_proto, NULL);
+    feedback_opened(c, NULL);
     now.ms += PUSH_SECONDS(30) - 1, feedback_tick(c);
     CHECK(!c->closing, "given up too soon");
     now.ms += 1, feedback_tick(c);
