@@ -74,6 +74,14 @@ def instrumented():
         return b"__asan_init" in binary.read()
 
 
+@functools.lru_cache
+def byte_order():
+    """That of the program: one that is emulated may have the other than we."""
+    with open(XCHAT, "rb") as binary:
+        head = binary.read(6)
+    return {1: "little", 2: "big"}[head[5]] if head[:4] == b"\x7fELF" else sys.byteorder
+
+
 def until(condition, why, seconds=DEADLINE):
     """For what can only be looked at, such as /proc: look until it is so."""
     end = time.monotonic() + seconds
@@ -312,17 +320,19 @@ class Faults:
         with open(path, "wb") as table:
             table.write(bytes(4 * len(self.WORDS)))
         with open(path, "r+b") as table:
-            self.__dict__["table"] = memoryview(mmap.mmap(table.fileno(), 0)).cast("i")
+            self.__dict__["table"] = memoryview(mmap.mmap(table.fileno(), 0))
         self.none()
         # A sanitizer wants to be the first library, and works as the second one too.
         self.__dict__["env"] = {"LD_PRELOAD": library, "FAULTS": path, "ASAN_OPTIONS": ":".join(
             filter(None, [os.environ.get("ASAN_OPTIONS"), "verify_asan_link_order=0"]))}
 
     def __getattr__(self, word):
-        return self.table[self.WORDS.index(word)]
+        at = 4 * self.WORDS.index(word)
+        return int.from_bytes(self.table[at:at + 4], byte_order(), signed=True)
 
     def __setattr__(self, word, value):
-        self.table[self.WORDS.index(word)] = value
+        at = 4 * self.WORDS.index(word)
+        self.table[at:at + 4] = value.to_bytes(4, byte_order(), signed=True)
 
     def set(self, **words):
         for word in sorted(words, key=lambda w: w == "room"):  # which arms the others

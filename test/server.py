@@ -10,8 +10,8 @@ import tempfile
 import threading
 import time
 
-from harness import (PING, SLOW, TEXT, UPGRADE, XCHAT, Bystander, Http, Server, Skip, Stream, Ws,
-                     answer_and_end, case, check, close_frame, expect_nothing, frame, get, instrumented,
+from harness import (PING, SLOW, TEXT, UPGRADE, Bystander, Http, Server, Skip, Stream, Ws,
+                     answer_and_end, case, check, close_frame, command, expect_nothing, frame, get, instrumented,
                      join, main, new_room, run, until)
 
 # ---------------------------------------------------------------------------
@@ -826,7 +826,8 @@ def stderr_is_closed():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", XCHAT, "-v", "--bind", f"127.0.0.1:{port}"])
+    line = command("-v", "--bind", f"127.0.0.1:{port}")
+    server = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *line])
     try:
         def answers():
             with socket.socket() as client:
