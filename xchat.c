@@ -51,7 +51,8 @@
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE        /* chroot(), initgroups(), syscall(); others than Linux show them anyway */
 #endif
-#define _FILE_OFFSET_BITS 64   /* files over 2 GB on 32-bit machines */
+#define _FILE_OFFSET_BITS 64   /* files over 2 GB on 32-bit machines... */
+#define _TIME_BITS 64          /* ...and times behind January 2038 */
 #include <arpa/inet.h>
 #include <assert.h>
 #include <dirent.h>

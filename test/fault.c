@@ -337,25 +337,33 @@ FAILING(DIGEST, void *, SHA1, (const void *p, size_t n, void *md), (p, n, md), N
 FAILING(DIGEST, void *, SHA256, (const void *p, size_t n, void *md), (p, n, md), NULL)
 FAILING(RANDOM, int, RAND_bytes, (void *p, int n), (p, n), 0)
 
-int clock_gettime(clockid_t clock, struct timespec *t)
-{
-    int (*real)(clockid_t, struct timespec *);
-    *(void **)&real = dlsym(RTLD_NEXT, "clock_gettime");
-    int failed = real(clock, t);
-    if (table && !failed && clock == CLOCK_MONOTONIC)
-        t->tv_sec += table[LATER];
-    return failed;
-}
+/* A 32-bit program that knows times behind 2038 calls the clocks by other names. */
+struct timespec64 {
+    long long tv_sec;
+    long tv_nsec[2]; /* one of the two */
+};
 
-time_t time(time_t *to)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    time_t t = table && table[WALL] ? (time_t)(unsigned)table[WALL] : now.tv_sec;
-    if (to)
-        *to = t;
-    return t;
-}
+#define CLOCKS(GETTIME, TIMESPEC, TIME, SECONDS)                                              \
+    int GETTIME(clockid_t clock, TIMESPEC *t)                                                 \
+    {                                                                                         \
+        int (*real)(clockid_t, TIMESPEC *);                                                   \
+        *(void **)&real = dlsym(RTLD_NEXT, #GETTIME);                                         \
+        int failed = real(clock, t);                                                          \
+        if (table && !failed && clock == CLOCK_MONOTONIC)                                     \
+            t->tv_sec += table[LATER];                                                        \
+        return failed;                                                                        \
+    }                                                                                         \
+    SECONDS TIME(SECONDS *to)                                                                 \
+    {                                                                                         \
+        TIMESPEC now;                                                                         \
+        GETTIME(CLOCK_REALTIME, &now);                                                        \
+        SECONDS t = table && table[WALL] ? (SECONDS)(unsigned)table[WALL] : now.tv_sec;       \
+        if (to)                                                                               \
+            *to = t;                                                                          \
+        return t;                                                                             \
+    }
+CLOCKS(clock_gettime, struct timespec, time, time_t)
+CLOCKS(__clock_gettime64, struct timespec64, __time64, long long)
 
 FAILING(MALLOC, void *, malloc, (size_t n), (n), NULL)
 FAILING(MALLOC, void *, calloc, (size_t n, size_t size), (n, size), NULL)

@@ -10,7 +10,8 @@
  */
 #define _POSIX_C_SOURCE 200809L
 #define _DEFAULT_SOURCE
-#define _FILE_OFFSET_BITS 64   /* as xchat.c has it: too late there, behind the first header */
+#define _FILE_OFFSET_BITS 64   /* as xchat.c has them: too late there, behind the first header */
+#define _TIME_BITS 64
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
