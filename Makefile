@@ -7,7 +7,7 @@ SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -
 xchat: xchat.c
 	$(CC) -O2 $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ xchat.c -lssl -lcrypto
 
-.PHONY: run test faults asan valgrind coverage fuzz bench abuse soak install clean
+.PHONY: run test faults asan valgrind cross coverage fuzz bench abuse soak install clean
 run: xchat
 	./xchat
 
@@ -29,6 +29,9 @@ valgrind:
 
 coverage:
 	python3 test/coverage
+
+cross:
+	sh test/cross
 
 fuzz:
 	sh test/run --fuzz
