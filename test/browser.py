@@ -14,6 +14,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -25,7 +26,10 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CERTIFICATE = os.path.join(ROOT, "test", "localhost.pem")
-WAIT = 6.0          # seconds a condition may take before it counts as broken
+WAIT = 6.0 * float(os.environ.get("XCHAT_SLOW", "1"))  # seconds a condition may take before it counts as broken
+WRAP = shlex.split(os.environ.get("XCHAT_WRAP", ""))    # what has to stand in front of the program
+if WRAP[:1] == ["valgrind"]:                            # or need not: a browser is slow enough
+    WRAP = []
 CASES = []
 
 
@@ -94,7 +98,7 @@ class Server:
         log = os.path.join(self.directory, "server%d.log" % self.count)
         with open(log, "w") as f:
             self.process = subprocess.Popen(
-                [self.binary, "--port", str(self.port), "--rate", "0", "--max-message", "8192",
+                [*WRAP, self.binary, "--port", str(self.port), "--rate", "0", "--max-message", "8192",
                  "--data", self.data, "--bind", "plain:127.0.0.1", "--bind", "tls:127.0.0.1:0",
                  "--tls-cert", CERTIFICATE],
                 stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
@@ -856,7 +860,7 @@ def token_in_the_address(ann, bob, server, room):
     secret = os.path.join(server.directory, "secret")
     with open(secret, "w") as f:
         f.write("correct horse battery staple")
-    guarded = [server.binary, "--port", "0", "--bind", "127.0.0.1", "--jwt-secret-file", secret]
+    guarded = [*WRAP, server.binary, "--port", "0", "--bind", "127.0.0.1", "--jwt-secret-file", secret]
 
     def token(who):
         return subprocess.run(guarded + ["--make-token", who], capture_output=True, text=True, check=True).stdout.strip()
