@@ -173,7 +173,7 @@ def not_root_cannot():
     """Who is not root cannot use --user, and hears so."""
     rooted()
     if WRAP or not shutil.which("setpriv"):
-        raise Skip("needs setpriv, and no valgrind around it")
+        raise Skip("needs setpriv, and no valgrind or emulator around it")
     with place() as directory:
         program = shutil.copy(command()[-1], directory)
         done = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
