@@ -140,7 +140,7 @@ def short_options():
 def cannot_start():
     """Status 1 and one line with the cause: port taken, address not ours, no such directory."""
     with Server() as s:
-        refused(1, f"--port {s.port}: Address already in use", "--port", s.port)
+        refused(1, f"--port {s.port}: Address (already )?in use", "--port", s.port)
         refused(1, "192.0.2.1", "--bind", "192.0.2.1")
         refused(1, "--bind a..b, --port", "--bind", "a..b")   # which no name can be
         refused(1, "/nosuch/socket.*: No such file", "--bind", "unix:/nosuch/socket")
