@@ -7234,7 +7234,7 @@ static void options_print(void) {
 }
 
 static void option_set(struct option *o, const char *value) {
-    int64_t number = value != NULL ? slice_number(slice_of(value), 10) : 1;
+    int64_t number = slice_number(slice_of(value), 10);
     const char *why = o->take != NULL ? o->take(value) : NULL;
     if (why != NULL) usage("--%s: '%s': %s", o->name, value, why);
     if (o->number != NULL && (number < o->min || number > o->max))
@@ -7257,7 +7257,7 @@ static int option_read(int argc, char **argv, int i) {
         bool joined = is_long && strchr(argv[i], '=') != NULL;
         if (o->arg == NULL && joined) usage("--%s takes no value", o->name);
         if (o->arg != NULL && !joined && i + 1 == argc) usage("--%s: %s is missing", o->name, o->arg);
-        option_set(o, o->arg == NULL ? NULL : joined ? value.p : argv[i + 1]);
+        option_set(o, o->arg == NULL ? "1" : joined ? value.p : argv[i + 1]);
         return o->arg == NULL || joined ? 1 : 2;
     }
     if (opt.push_test == NULL || opt.push_text != NULL || *argv[i] == '-')
@@ -7281,7 +7281,7 @@ static void options_read(int argc, char **argv) {
         const char *value = getenv(name);
         bool flag = o->arg == NULL;   /* set by any value but 0 */
         if (value == NULL || (mains.given >> (o - options) & 1) != 0 || (flag && strcmp(value, "0") == 0)) continue;
-        option_set(o, flag ? NULL : value);
+        option_set(o, flag ? "1" : value);
     }
 }
 
@@ -7499,7 +7499,7 @@ static void check_memory(void) {
     uint64_t message = (uint64_t)opt.max_message * 7, backlog = opt.backlog > message ? opt.backlog : message;
     uint64_t list = (uint64_t)opt.max_clients * (6 * NAME_MAX_BYTES + 32), tls = opt.tls_cert != NULL ? 51200 : 0;
     uint64_t in = READ_BYTES + opt.max_head + opt.max_message, tail = opt.data != NULL ? 0 : (uint64_t)4 * MEMORY_BYTES;
-    uint64_t client = sizeof(struct conn) + sizeof(struct client) + sizeof(struct more) + 6 * NAME_MAX_BYTES +
+    uint64_t client = sizeof(struct conn) + sizeof(struct client) + sizeof(struct more) + (size_t)6 * NAME_MAX_BYTES +
                       ROOMS_PER_CLIENT * sizeof(struct member);
     const struct {
         uint64_t n, bytes;
