@@ -291,6 +291,7 @@ OPENING(openat64, DIRECTORY, dir, path)
     }
 CONTROL(fcntl)
 CONTROL(fcntl64)
+CONTROL(__fcntl_time64) /* 32-bit programs that know times behind 2038 */
 
 /* A call that fails, and nothing else. */
 #define FAILING(CALL, RESULT, NAME, PARAMETERS, ARGUMENTS, FAILED)                            \
@@ -305,6 +306,7 @@ FAILING(OPEN, FILE *, fopen, (const char *path, const char *mode), (path, mode),
 FAILING(OPEN, FILE *, fopen64, (const char *path, const char *mode), (path, mode), NULL)
 FAILING(STAT, int, fstatat, (int fd, const char *path, struct stat *st, int flags), (fd, path, st, flags), -1)
 FAILING(STAT, int, fstatat64, (int fd, const char *path, void *st, int flags), (fd, path, st, flags), -1)
+FAILING(STAT, int, __fstatat64_time64, (int fd, const char *path, void *st, int flags), (fd, path, st, flags), -1)
 FAILING(RENAME, int, renameat, (int a, const char *from, int b, const char *to), (a, from, b, to), -1)
 FAILING(MAKE_DIRECTORY, int, mkdirat, (int fd, const char *path, mode_t mode), (fd, path, mode), -1)
 FAILING(SOCKET, int, socket, (int domain, int type, int protocol), (domain, type, protocol), -1)
