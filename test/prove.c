@@ -224,52 +224,6 @@ static void hpack_strings(slice s) {
     if (good) CHECK(within(text, s) && text.len < s.len, "and so is a string");
 }
 PROVE(hpack_strings, 0)
-
-void prove_hpack_number(void) {
-    uint8_t most = (uint8_t)(any_bool() ? any_bool() ? 15 : 31 : any_bool() ? 63 : 127);
-    size_t n = any_size();
-    struct buf b = {0};
-    ASSUME(n <= INT32_MAX);
-    hpack_number(&b, any_int() & ~most & 0xff, most, n);
-    slice s = buf_slice(&b);
-    CHECK(hpack_take(&s, most) == (int64_t)n && s.len == 0, "a number is read as it was written");
-}
-#endif
-
-#ifdef GATEWAY
-static slice packet_in;
-
-static void look(const struct packet *p) {
-    size_t len = be32(packet_in.p);
-    CHECK(len >= PACKET_HEAD && len <= packet_in.len, "the packet has come");
-    CHECK(within(p->ext, slice_take(packet_in, len)) && within(p->body, slice_take(packet_in, len)), "its parts too");
-    CHECK(PACKET_HEAD + p->ext.len + p->body.len == len, "nothing is left out, or in both");
-    CHECK(p->cmd >= 0 && p->cmd < 256, "a command is a byte");
-}
-
-static bool gateway_greet(struct conn *c, const struct packet *p) { return (void)c, look(p), any_bool(); }
-static ssize_t peer_wait(struct conn *c) { return any_bool() ? 0 : (conn_close(c, "too much"), -1); }
-
-static struct client *gateway_client(int64_t number) {
-    CHECK(number >= 0 && number <= UINT32_MAX, "the number of a client");
-    return NULL;
-}
-
-static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b) {
-    look(p);
-    (void)cl, (void)b;   /* replies are not looked at here */
-    return false;
-}
-
-static void gateway(slice s) {
-    struct peer peer = {.known = any_bool()};
-    struct conn c = {.state = &peer};
-    packet_in = s;
-    ssize_t n = gateway_feed(&c, (char *)s.p, s.len);
-    CHECK(n == -1 || n == 0 || (size_t)n == be32(s.p), "a packet is consumed as a whole");
-    CHECK((n < 0) == c.closing, "who breaks the rules is told so");
-}
-PROVE(gateway, 1)
 #endif
 
 #ifdef PHP
