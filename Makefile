@@ -7,7 +7,7 @@ SANITIZE = -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -
 xchat: xchat.c
 	$(CC) -O2 $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ xchat.c -lssl -lcrypto
 
-.PHONY: run test faults asan valgrind cross coverage fuzz bench abuse soak install clean
+.PHONY: run test faults asan valgrind cross coverage fuzz prove bench abuse soak install clean
 run: xchat
 	./xchat
 
@@ -35,6 +35,9 @@ cross:
 
 fuzz:
 	sh test/run --fuzz
+
+prove:
+	python3 test/prove
 
 bench:
 	python3 test/bench

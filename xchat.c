@@ -311,7 +311,9 @@ static void sha256(slice s, unsigned char hash[SHA256_DIGEST_LENGTH]) {
 static void *xcalloc(size_t n) { return memset(xrealloc(NULL, n), 0, n); }
 static slice buf_slice(const struct buf *b) { return b->len > 0 ? (slice){b->p + b->off, b->len} : S(""); }
 
-static uint32_t buf_cap(const struct buf *b) { return b->p != NULL ? ((uint32_t *)(void *)b->p)[-1] : 0; }
+static uint32_t buf_cap(const struct buf *b) {
+    return b->p != NULL ? *(uint32_t *)(void *)(b->p - sizeof(uint32_t)) : 0;
+}
 
 static void buf_free(struct buf *b) {
     if (b->p != NULL) free(b->p - BUF_HEAD);
@@ -329,7 +331,7 @@ static char *buf_room(struct buf *b, size_t n) {
         if (fits) return b->p + b->len;
         if (more > INT32_MAX) more = INT32_MAX;
         b->p = (char *)xrealloc(b->p != NULL ? b->p - BUF_HEAD : NULL, BUF_HEAD + more) + BUF_HEAD;
-        ((uint32_t *)(void *)b->p)[-1] = (uint32_t)more;
+        *(uint32_t *)(void *)(b->p - sizeof(uint32_t)) = (uint32_t)more;
     }
     return b->p + b->off + b->len;
 }
