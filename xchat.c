@@ -504,7 +504,9 @@ static bool json_string(struct json *j) {
     char out[4];
     while (j->rest.len > 0 && *j->rest.p != '"') {
         if ((unsigned char)*j->rest.p < 0x20) return json_fail(j, "raw control character in a string");
-        if (json_char(&j->rest, out) == 0) return json_fail(j, "bad escape, or half a surrogate pair, in a string");
+        if (*j->rest.p != '\\') j->rest = slice_cut(j->rest, 1);
+        else if (json_char(&j->rest, out) == 0)
+            return json_fail(j, "bad escape, or half a surrogate pair, in a string");
     }
     return json_skip(j, "\"", 1) > 0 || json_fail(j, "string without an end");
 }
@@ -549,6 +551,7 @@ static bool json_is(slice raw, const char *name) {
     if (raw.len < 2 || *raw.p != '"') return false;
     slice rest = json_inside(raw), wanted = slice_of(name);
     char utf8[4] = "";
+    if (memchr(rest.p, '\\', rest.len) == NULL) return slice_eq(rest, wanted);   /* most are so */
     while (rest.len > 0) {
         slice c = {utf8, json_char(&rest, utf8)};
         if (!slice_starts(wanted, c)) return false;
