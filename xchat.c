@@ -6218,7 +6218,7 @@ static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b
 static bool worker_event(struct client *cl, int event, slice body) {
     const struct addr *peer = &cl->c->peer;
     if (!cl->taken) return false;
-    if (cl->more->worker != NULL && cl->more->worker->c->closing) cl->more->worker = NULL;
+    if (cl->more->worker != NULL && cl->more->worker->c->closing) cl->more->worker->clients--, cl->more->worker = NULL;
     struct peer *best = NULL, *p = cl->more->worker == NULL ? worker_next(NULL, true) : NULL;
     for (; p != NULL; p = worker_next(p, true))
         if (best == NULL || p->clients < best->clients) best = p;
