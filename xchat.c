@@ -2504,7 +2504,7 @@ static int history_create(struct history *h) {
     struct path dir = history_path(h, ""), spaces = dir, path = history_file_path(h, h->end);
     if (mkdirat(histories.dir_fd, dir.text, 0750) != 0 && errno != EEXIST) return -1;
     int fd = history_openat(path, O_WRONLY | O_CREAT | O_EXCL);
-    *strchr(spaces.text, '/') = '\0';
+    spaces.text[strcspn(spaces.text, "/")] = '\0';
     if (fd >= 0 && (!history_sync(dir) || !history_sync(spaces))) {
         unlinkat(histories.dir_fd, path.text, 0);
         history_close_file(fd);
