@@ -290,10 +290,14 @@ def directory():
         yield os.path.join(parent, "data")
 
 
-def free_port():
-    """Where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+TAKEN = []
+
+
+def closed_port():
+    """Where nobody listens; nor will a test beside us, since it is taken."""
+    TAKEN.append(socket.socket())
+    TAKEN[-1].bind(("127.0.0.1", 0))
+    return TAKEN[-1].getsockname()[1]
 
 
 # ---------------------------------------------------------------------------
@@ -920,7 +924,7 @@ def restarts():
 def queue():
     """What was not sent, or not answered, before SIGTERM is sent after the next start; once that is done, no more."""
     with directory() as d, Gateway(answer={"never": True}) as gateway:
-        with Xchat(free_port(), "--data", d) as s:
+        with Xchat(closed_port(), "--data", d) as s:
             b, = phones(s, 1)
             tell(s, "secret")
             until(lambda: s.metric("queued") == 1, "nothing is queued")
@@ -1007,7 +1011,7 @@ def push_test_answers():
 @case()
 def push_test_failures():
     """A gateway that is not there, or whom we do not trust; a bad token; no --apns."""
-    status, out, err = push_test(free_port())
+    status, out, err = push_test(closed_port())
     check(status == 1 and re.search("connect|reach|refused", out + err), status, out, err)
     with Gateway() as gateway:
         status, out, err = push_test(gateway.port, "--apns-ca", OTHER)
@@ -1150,7 +1154,7 @@ def latency():
     """Those who chat do not notice a gateway that is silent, down, or refuses everything."""
     with Gateway(answer={"status": 500, "reason": "InternalServerError"}) as gateway, Server("--rate", "0") as none, \
             socket.create_server(("127.0.0.1", 0)) as listener, Xchat(listener.getsockname()[1]) as silent, \
-            Xchat(free_port()) as down, Xchat(gateway) as refused:
+            Xchat(closed_port()) as down, Xchat(gateway) as refused:
         for s in silent, down, refused:
             phones(s, 50)
             tell(s, "secret")
