@@ -107,6 +107,15 @@ static void json_numbers(slice s) {
     CHECK(last >= '0' && last <= '9', "a number ends with a digit");
 }
 PROVE(json_numbers, 0)
+
+/* What is behind the quote that begins a string: any escapes, whole and halves of pairs of them. */
+static void json_strings(slice s) {
+    struct json j = {s, NULL};
+    bool good = json_string(&j);
+    CHECK(within(j.rest, s) && good == (j.why == NULL), "what is left is in the text");
+    if (good) CHECK(j.rest.len < s.len && s.p[s.len - j.rest.len - 1] == '"', "a string ends with a quote");
+}
+PROVE(json_strings, 0)
 #endif
 
 #ifdef BASE64
@@ -187,6 +196,42 @@ void prove_ws_length(void) {
 }
 #endif
 
+#ifdef MASK
+static char was[BOUND];
+static uint8_t mask[4];
+
+static int ws_head(struct conn *c, const char *p, size_t n) {
+    (void)c, (void)p, (void)n;
+    CHECK(false, "no header is looked for in the middle of a frame");
+    return -1;
+}
+
+static int ws_payload(struct conn *c, slice s) {
+    (void)c;
+    for (size_t i = 0; i < s.len; i++) CHECK(s.p[i] == (char)(was[i] ^ (char)mask[i % 4]), "each byte has its byte of the mask");
+    return any_bool() ? -1 : 0;
+}
+
+static int ws_control(struct conn *c, slice s) { return ws_payload(c, s); }
+
+/* The next bytes of a frame, however many are to come, with the mask where it has got to. */
+static void unmask(slice s) {
+    struct ws ws = {.left = (uint32_t)any_int(), .opcode = (uint8_t)(any_int() & 15)};
+    struct conn c = {.state = &ws};
+    uint32_t left = ws.left;
+    ASSUME(left > 0);
+    for (size_t i = 0; i < 4; i++) ws.mask[i] = mask[i] = (uint8_t)any_int();
+    for (size_t i = 0; i < s.len; i++) was[i] = s.p[i];
+    size_t take = s.len < left ? s.len : left;
+    ssize_t n = ws_feed(&c, (char *)s.p, s.len);
+    CHECK(n == -1 || n == (ssize_t)take, "what is of the frame is consumed");
+    CHECK(ws.left == left - take, "and the rest of it is to come");
+    for (size_t i = 0; i < 4; i++) CHECK(ws.mask[i] == mask[(i + take) % 4], "the mask goes on where it has got to");
+    for (size_t i = take; i < s.len; i++) CHECK(s.p[i] == was[i], "what is behind the frame stays");
+}
+PROVE(unmask, 1)
+#endif
+
 #ifdef H2
 static slice frame;
 
@@ -224,6 +269,49 @@ static void hpack_strings(slice s) {
     if (good) CHECK(within(text, s) && text.len < s.len, "and so is a string");
 }
 PROVE(hpack_strings, 0)
+
+/* The status, from the first fields of a block of any bytes. */
+static void hpack_first(slice s) {
+    int status = hpack_status(s);
+    CHECK(status >= -1 && status <= 999, "a status has three digits, or there is none");
+}
+PROVE(hpack_first, 0)
+#endif
+
+#ifdef GATEWAY
+static slice packet_in;
+
+static void look(const struct packet *p) {
+    size_t len = be32(packet_in.p);
+    CHECK(len >= PACKET_HEAD && len <= packet_in.len, "the packet has come");
+    CHECK(within(p->ext, slice_take(packet_in, len)) && within(p->body, slice_take(packet_in, len)), "its parts too");
+    CHECK(PACKET_HEAD + p->ext.len + p->body.len == len, "nothing is left out, or in both");
+    CHECK(p->cmd >= 0 && p->cmd < 256, "a command is a byte");
+}
+
+static bool gateway_greet(struct conn *c, const struct packet *p) { return (void)c, look(p), any_bool(); }
+static ssize_t peer_wait(struct conn *c) { return any_bool() ? 0 : (conn_close(c, "too much"), -1); }
+
+static struct client *gateway_client(int64_t number) {
+    CHECK(number >= 0 && number <= UINT32_MAX, "the number of a client");
+    return NULL;
+}
+
+static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b) {
+    look(p);
+    (void)cl, (void)b;   /* replies are not looked at here */
+    return false;
+}
+
+static void gateway(slice s) {
+    struct peer peer = {.known = any_bool()};
+    struct conn c = {.state = &peer};
+    packet_in = s, loop.n_dirty = 0;
+    ssize_t n = gateway_feed(&c, (char *)s.p, s.len);
+    CHECK(n == -1 || n == 0 || (size_t)n == be32(s.p), "a packet is consumed as a whole");
+    CHECK((n < 0) == c.closing, "who breaks the rules is told so");
+}
+PROVE(gateway, 1)
 #endif
 
 #ifdef PHP
