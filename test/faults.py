@@ -25,14 +25,14 @@ import shlex
 import signal
 import socket
 import ssl
-import struct
 import subprocess
 import tempfile
 import threading
 import time
 
-from harness import (CERTIFICATE, DEADLINE, ROOT, WRAP, XCHAT, Faults, Http, Server, Skip, Stream, Ws, case, check, each_row, frame,
+from harness import (CERTIFICATE, DEADLINE, ROOT, WRAP, XCHAT, Faults, Http, Server, Skip, Ws, case, check, each_row, frame,
                      get, join, main, until)
+from inner import COUNT_BY_GROUP, SEND_TO_GROUP, Inner
 
 STEP = int(os.environ.get("FAULT_STEP", "25"))
 CUT = Faults.CUT
@@ -52,8 +52,6 @@ TOLD = re.compile(r"the connection ended|wanted a message, got opcode 8|(wanted|
 
 OPTIONS = ("--rate", "0", "--max-per-address", "0", "--bind", "plain:127.0.0.1:0", "--bind", "tls:127.0.0.1:0",
            "--tls-cert", CERTIFICATE, "--admin", "127.0.0.1:0", "--gateway", "127.0.0.1:0")
-HEAD = struct.Struct(">IBIHIHIBHI")   # of the inner port
-SEND_TO_GROUP, COUNT_BY_GROUP = 22, 24
 
 
 class Life(Server):
@@ -249,14 +247,11 @@ class Session:
         self._said(self.ann, self.bob, content="from the site")
 
     def back_end(self):
-        inner = Stream(self._w.s, "gateway")
-        room, body = json.dumps({"group": [self._room], "exclude": None}).encode(), b'{"type":"order"}'
-        inner.send(HEAD.pack(28 + len(room) + len(body), SEND_TO_GROUP, 0, 0, 0, 0, 0, 1, 0, len(room)) + room + body)
-        room = self._room.encode()
-        inner.send(HEAD.pack(28 + len(room), COUNT_BY_GROUP, 0, 0, 0, 0, 0, 1, 0, len(room)) + room)
-        count = inner.take(struct.unpack(">I", inner.take(4))[0])
+        inner = Inner(self._w.s)
+        inner.tell(SEND_TO_GROUP, ext=json.dumps({"group": [self._room], "exclude": None}), body='{"type":"order"}')
+        count = inner.ask(COUNT_BY_GROUP, ext=self._room)
         # One may be lost, and somebody who looked for what is stored may not have gone yet.
-        check(re.fullmatch(rb"i:\d;" if self._w.faults.struck else b"i:2;", count), "a wrong count:", count)
+        check(re.fullmatch(r"i:\d;" if self._w.faults.struck else "i:2;", count), "a wrong count:", count)
         inner.close()
         hear(self.ann, "order", self._w.hurt)
         hear(self.bob, "order", self._w.hurt)
