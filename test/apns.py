@@ -63,6 +63,8 @@ def put(path, text):
 
 @functools.lru_cache
 def certificates():
+    if not shutil.which("openssl"):
+        raise Skip("openssl is not installed")
     d = tempfile.mkdtemp(prefix="xchat-certificates")
     atexit.register(shutil.rmtree, d)
 

@@ -882,17 +882,19 @@ def ten_thousand_rooms(s):
 @attack("--admin", "127.0.0.1:0", "--rate", "0", "--max-per-address", "0")
 def one_user_everywhere(s):
     """300 connections that are one user: a letter reaches each, once; when they have gone nothing is left of them."""
-    def call(path, **fields):
+    def call(api, path, **fields):
         body = json.dumps(fields).encode()
         api.send(get("/api/" + path, f"Content-Length: {len(body)}", method="POST") + body)
         check(api.answer().status == 200, path)
 
     def crowd(size):
         clients = [Ws(s) for _ in range(size)]
+        api = Http(s, at="admin")   # now, since it may not be idle for long
         for client in clients:
             client.login("Ann", "room %d" % (id(client) % 7))
-            call("bind", client_id=client.id, uid="ann")
-        call("send", uid="ann", message="a letter")
+            call(api, "bind", client_id=client.id, uid="ann")
+        call(api, "send", uid="ann", message="a letter")
+        api.close()
         for client in clients:
             while not client.message().get("content", "").endswith("a letter"):
                 pass
@@ -901,7 +903,6 @@ def one_user_everywhere(s):
             check(all(m["type"] != "say" for m in client.early), "it came twice")
             client.reset()
         until(lambda: "xchat_clients 2\n" in Http(s, at="admin").ask("/metrics").body.decode(), "they have not gone")
-    api = Http(s, at="admin")
     crowd(300)
     before = s.status("VmRSS")
     crowd(300)

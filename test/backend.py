@@ -93,8 +93,8 @@ def announce(address, key=""):
 class Register(Stream):
     """A connection to the register."""
 
-    def __init__(self, s):
-        super().__init__(s, "register")
+    def __init__(self, s, **stream):
+        super().__init__(s, "register", **stream)
 
     def line(self):
         return self.take_line_end(b"\n")
@@ -179,15 +179,23 @@ def register_broadcasts(s):
         check(got == want, f"after {after!r}:", got, "in place of", want)
 
 
+def heard_of(s):
+    """How many addresses the register has."""
+    with contextlib.closing(Register(s)) as asker:
+        return len(asker.ask())
+
+
 @case("--register", "127.0.0.1:0", around=Bystander)
 def register_is_not_read(s):
-    """Who wants all addresses and reads none is shut out, before the server holds too much for him."""
-    watcher, base = Register(s), Register(s)
+    """Who wants all addresses and reads none is shut out, before the server holds too much for him.
+    His own buffer has an end, too: a kernel that makes it larger may hold all of this for him."""
+    watcher, base = Register(s, rcvbuf=4096), Register(s)
     watcher.send(ASK)
     until(lambda: len(watcher.sock.recv(1, socket.MSG_PEEK)) == 1, "no answer")
     others = [Register(s) for _ in range(100)]
     for i, other in enumerate(others):
         other.send(announce(f"{i:064}"))
+    until(lambda: heard_of(s) == len(others), "not all are listed")   # or the lists below are short ones
     for i in range(4000):
         base.send(announce(f"{i:064}"))
     base.send(ASK)
@@ -196,7 +204,7 @@ def register_is_not_read(s):
     with contextlib.suppress(ConnectionResetError):
         while more := len(watcher.sock.recv(1 << 20)):
             held += more
-    check(held < 40 << 20, "held for him:", held)
+    check(held < 24 << 20, "held for him:", held)
 
 
 @case("--register", "127.0.0.1:0")

@@ -709,7 +709,8 @@ def narrow_screen(ann, bob, server, room):
     ann.cdp("Emulation.setDeviceMetricsOverride", width=320, height=560, deviceScaleFactor=1,
             mobile=True)
     try:
-        until(lambda: ann.js("return innerWidth") == 320, "a width of 320")
+        until(lambda: ann.js("return innerWidth === 320 && !document.querySelector('aside [open]')"),
+              "a width of 320, and closed drawers")
         width = "return document.documentElement.scrollWidth"
         same(ann.js(width), 320, "width of the page")
         for drawer in (1, 2):

@@ -188,8 +188,10 @@ class Server:
 
     def wait_end(self, seconds=DEADLINE):
         """Until the process has ended by itself; its status."""
+        end = time.monotonic() + seconds
+        self.reader.join(seconds)   # to wait for the process itself is to look every now and then
         try:
-            status = self.process.wait(seconds)
+            status = self.process.wait(max(end - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds:g} s") from None
         self.reader.join(DEADLINE)
@@ -202,8 +204,11 @@ class Server:
         self.reader.join(DEADLINE)
 
     def signal(self, number):
+        """With SIGSTOP: until it is so. What is sent then comes in one round, after SIGCONT."""
         self.asked_to_stop |= number in (signal.SIGTERM, signal.SIGINT)
         self.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            os.waitid(os.P_PID, self.pid, os.WSTOPPED)
 
     def stop(self):
         """SIGTERM, and everything there is to complain about as one text or None."""

@@ -180,7 +180,8 @@ def fill(s, room, n, text="word %d"):
     """Somebody comes, says so much, and goes."""
     ann = join(s, room, "Ann")
     said = talk(ann, n, text)
-    ann.close()
+    ann.send(frame(CLOSE))
+    ann.expect_close(None, skip=True)   # so she has left the room
     return said
 
 
