@@ -152,10 +152,14 @@ class Xchat(Server):
         leaks = re.findall("secret|" + PHRASE, log)   # "secret" is in all that is said
         return "; ".join(filter(None, [fault, leaks and f"the log tells {leaks[:3]}"])) or None
 
-    def metric(self, name):
+    def metrics(self, *names):
+        """Of one moment."""
         with contextlib.closing(Http(self, at=1)) as http:
             figures = dict(re.findall(r"(?m)^xchat_push_(\S+) (\S+)$", http.ask("/metrics").body.decode()))
-        return float(figures.get(name, 0))
+        return [float(figures.get(name, 0)) for name in names]
+
+    def metric(self, name):
+        return self.metrics(name)[0]
 
     def devices(self):
         """The tokens of the file."""
@@ -168,7 +172,7 @@ class Xchat(Server):
 
     def settle(self):
         """Until all is answered; which in the binary protocol nothing is."""
-        until(lambda: self.metric("queued") + self.metric("in_flight") == 0, "pushes are left", SOON)
+        until(lambda: sum(self.metrics("queued", "in_flight")) == 0, "pushes are left", SOON)
 
 
 def leave(ws):

@@ -150,15 +150,16 @@ class Connection(asyncio.Protocol):
             self.transport.write(data)
 
     def look_at(self, data):
-        """Keep header blocks as they came, for who compares them with a golden one."""
-        if RULES["brief"]:
-            return
+        """Keep header blocks as they came, for who compares them with a golden one; and report each RST_STREAM: h2 says
+        nothing of one for a stream that was answered meanwhile."""
         self.heard += data
         if self.heard.startswith(b"PRI * "):
             self.heard = self.heard[24:]
         while len(self.heard) >= 9 and len(self.heard) >= 9 + (size := int.from_bytes(self.heard[:3], "big")):
-            if self.heard[3] in (1, 9):
-                stream = int.from_bytes(self.heard[5:9], "big")
+            stream = int.from_bytes(self.heard[5:9], "big")
+            if self.heard[3] == 3:
+                report("given_up", conn=self.number, stream=stream)
+            if self.heard[3] in (1, 9) and not RULES["brief"]:
                 self.blocks[stream] = self.blocks.get(stream, b"") + self.heard[9:9 + size]
             self.heard = self.heard[9 + size:]
 
