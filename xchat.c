@@ -3111,6 +3111,7 @@ static const char *const count_names[COUNTS] = {
 static struct {
     struct table devices, audiences;  /* by token; by the key of the room */
     struct list queue, later;         /* due; or not yet, in any order */
+    uint32_t all;                     /* pushes: these, and those that gateways were sent */
     struct dial dial, feedback;       /* to the gateway; to the feedback service */
     char host[256], port[8], next_port[8];   /* of --apns; of the feedback service */
     struct conn *gate;                /* the gateway that new ones are sent to, or NULL */
@@ -3186,6 +3187,7 @@ static struct push *list_find(const struct list *l, uint32_t id) {
 static struct push *push_new(slice token) {
     struct push *p = xcalloc(sizeof *p);
     unsigned char r[16];
+    push.all++;
     buf_add(&p->token, token);
     p->expires = now.wall + PUSH_EXPIRE_S;
     if (RAND_bytes(r, sizeof r) != 1) die("no random bytes");
@@ -3196,6 +3198,7 @@ static struct push *push_new(slice token) {
 }
 
 static void push_free(struct push *p) {
+    push.all--;
     buf_free(&p->token), buf_free(&p->payload), buf_free(&p->reply);
     free(p);
 }
@@ -4329,11 +4332,12 @@ static void push_tick(void) {
 /* Appends the figures, as Prometheus reads them. */
 static void push_metrics(struct buf *b) {
     const struct gate none = {0}, *g = push.gate != NULL ? push.gate->state : &none;
+    int64_t queued = push.queue.n + push.later.n;
     const struct {
         const char *name;
         int64_t value;
     } gauges[] = {
-        {"queued", push.queue.n + push.later.n}, {"in_flight", g->sent.n}, {"devices", (int64_t)push.devices.n},
+        {"queued", queued}, {"in_flight", push.all - queued}, {"devices", (int64_t)push.devices.n},
         {"connected", g->ready}, {"streams_max", g->limit}, {"certificate_days", push.cert_days},
         {"jwt_age_seconds", push.jwt.len > 0 ? (now.ms - push.jwt_ms) / 1000 : -1},
     };

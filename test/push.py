@@ -731,6 +731,8 @@ def goaway(gateway, s, name, before):
     again = gateway.wait(12, "request")[9:]   # the three above
     check(ids(again) == ids(first[5:]), "others were sent again")
     check(all(p["conn"] != s.conn for p in again), "on the old connection")
+    until(lambda: s.metric("ok_total") == 4, "they are not answered")
+    check(s.metric("in_flight") == 5, s.metric("in_flight"), "in flight")   # the five below, on the old connection
     gateway.tell("release")
     s.settle()
     gateway.wait(1, "lost", conn=s.conn)
