@@ -320,9 +320,11 @@ static void buf_free(struct buf *b) {
     *b = (struct buf){0};
 }
 
-/* Makes room for n more bytes. Returns where the caller writes them; it adds to `len`. */
+/* Makes room for n more bytes, and has less than twice what was in it at most. Returns where the caller
+ * writes them; it adds to `len`. */
 static char *buf_room(struct buf *b, size_t n) {
-    size_t need = b->len + n, cap = buf_cap(b), more = need < 2 * cap ? 2 * cap : (need + 271) / 256 * 256 - 16;
+    size_t need = b->len + n, cap = buf_cap(b), twice = 2 * (need < cap ? need : cap);
+    size_t more = need < 2 * cap ? twice : (need + 271) / 256 * 256 - 16;
     if (need > INT32_MAX) die("a buffer of %zu bytes is beyond every limit", need);
     if (b->off + need > cap) {
         bool fits = need <= cap && b->off >= cap / 2;

@@ -309,6 +309,12 @@ static void test_buffers(void) {
         if (b.len > 100) buf_drop(&b, 10);
     }
     CHECK(buf_cap(&b) <= 512, "a queue of 110 bytes takes %u", buf_cap(&b));
+    for (unsigned i = 0; i < 3000; i++) {   /* what --check reckons with */
+        size_t n = random_below(51);
+        if (b.len + n > 1000) buf_drop(&b, b.len + n - 1000);
+        buf_add(&b, (slice){model, n});
+    }
+    CHECK(buf_cap(&b) <= 2000, "a queue of 1000 bytes takes %u", buf_cap(&b));
     buf_clear(&b);
     CHECK(b.len == 0 && b.off == 0, "cleared");
     buf_free(&b);
