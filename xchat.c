@@ -914,7 +914,7 @@ struct conn {
     uint8_t events;                /* what it waits for */
     bool dirty : 1, closing : 1, swept : 1, fin_sent : 1, eof : 1, lost : 1;
     bool parked : 1;                           /* in the epoll set */
-    bool first : 1;                            /* it is heard before the others that are parked */
+    bool first : 1;                            /* it is heard before the others */
     bool blocked : 1;                          /* the kernel's send buffer is full */
     bool spoke : 1;                            /* something was sent: it is connected, and TLS has begun */
     bool muted : 1;                            /* TLS must read before it can write */
@@ -1494,7 +1494,11 @@ static void conn_settle(struct conn *c) {
         log_debug("%s: %s ended: %s", addr_text(&c->peer), c->proto->name, c->why);
     }
     conn_flush(c);
-    if (!c->closing && c->in.len > 0 && !conn_paused(c)) conn_feed_kept(c);   /* it was paused */
+    if (!c->closing && c->in.len > 0 && !conn_paused(c)) {   /* it was paused */
+        conn_feed_kept(c);
+        /* Who asks for a lot and reads fast has one turn in a round; what a WebSocket asks is short. */
+        if (conn_paused(c) && c->proto->message == NULL) c->blocked = true;
+    }
     if (c->out.len == 0) buf_free(&c->out);
     if (c->out.len == 0 && c->swept && !c->lost && !c->fin_sent) {
         if (c->ssl != NULL) SSL_shutdown(c->ssl);
@@ -1573,18 +1577,21 @@ static void conn_ready(struct conn *c, short events) {
     else conn_read(c);   /* for POLLHUP and POLLERR too: it tells what happened */
 }
 
-/* Runs until a signal, and then until everything has ended. A signal that comes just
- * before poll() is seen at the next tick. */
+/* Runs until a signal, and then until everything has ended. A signal that comes between the look
+ * for it and poll() is seen at the next tick. */
 static void loop_run(void) {
     while (loop.n > 0 && (loop.stop_ms == 0 || now.ms < loop.stop_ms)) {
-        int64_t wait_ms = loop.tick_ms - now.ms;
+        bool asked = loop.hangups > 0 || (loop.signals > 0 && loop.stop_ms == 0);
+        int64_t wait_ms = asked ? 0 : loop.tick_ms - now.ms;
         int ready = poll(loop.pfd, loop.n_polled, wait_ms > 0 ? (int)wait_ms : 0);
         clock_read();
-        for (uint32_t i = 0; ready > 0; i++) {   /* those accepted meanwhile stand behind */
-            short events = loop.pfd[i].revents;
-            if (events == 0) continue;
+        /* All `first` ones, then the others; those accepted meanwhile stand behind. */
+        for (uint32_t i = 0, n = loop.n_polled; ready > 0 && i < 2 * n; i++) {
+            struct conn *c = loop.polled[i % n];
+            short events = loop.pfd[i % n].revents;
+            if (events == 0 || (c != NULL && c->first) != (i < n)) continue;
             ready--;
-            if (loop.polled[i] != NULL) conn_ready(loop.polled[i], events);
+            if (c != NULL) conn_ready(c, events);
             else park_ready(conn_ready);
         }
         if (loop.signals > 0 && loop.stop_ms == 0) loop_stop();

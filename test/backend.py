@@ -1563,8 +1563,8 @@ def workers_close_and_kick(s):
 def worker_asks(s):
     """What a worker has ordered is done when it asks, though it asks by another connection, and asked before."""
     ann = join(s, "room", "Ann")
-    worker, asks = Worker(s, "w:1").fence(), Inner(s).fence()
-    for cmd, count in [(JOIN_GROUP, "i:1;"), (LEAVE_GROUP, "i:0;")] * 3:
+    before, worker, behind = Inner(s).fence(), Worker(s, "w:1").fence(), Inner(s).fence()
+    for cmd, count, asks in [(JOIN_GROUP, "i:1;", before), (LEAVE_GROUP, "i:0;", behind)] * 3:
         os.kill(s.process.pid, signal.SIGSTOP)
         os.waitpid(s.process.pid, os.WUNTRACED)
         asks.tell(COUNT_BY_GROUP)

@@ -1059,6 +1059,25 @@ static void test_http_late(void) {
     }
 }
 
+/* Of many requests that came at once, no more are answered in a round than it takes to be paused, twice. */
+static void test_http_turns(void) {
+    struct buf many = {0};
+    size_t n = 0, answer = 0;
+    for (slice one = spelled(GET "|"); many.len + one.len <= READ_BYTES; n++) buf_add(&many, one);
+    struct conn *c = wire_open(0, NULL, NULL);
+    http_accepted(&tape_listener, c);
+    wire_feed(c, buf_slice(&many));
+    size_t sent = wires[0].out.len, rounds = 1;
+    CHECK(sent > OUT_HIGH && sent < 2 * OUT_HIGH, "%zu bytes were sent in a round", sent);
+    for (; (c->in.len > 0 || c->out.len > 0) && rounds < 10; rounds++) wire_drain(c, SIZE_MAX);
+    buf_addc(&wires[0].out, '\0');
+    for (const char *at = wires[0].out.p; (at = strstr(at, "HTTP/1.1 200 ")) != NULL; at++) answer++;
+    CHECK(rounds < 10 && answer == n, "%zu of %zu answers after %zu rounds", answer, n, rounds);
+    wire_close(c);
+    check_empty();
+    buf_free(&many);
+}
+
 /* Who is it, behind a proxy? 10/8 and fd00::/8 are ours. */
 static void test_forwarded(void) {
     static const struct {
@@ -2953,7 +2972,7 @@ static const struct {
     TEST(slices), TEST(numbers), TEST(buffers), TEST(log), TEST(utf8), TEST(utf8_exhaustive),
     TEST(json), TEST(json_wrong), TEST(json_depth), TEST(json_pick), TEST(json_text), TEST(json_each),
     TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(dial), TEST(dial_feed), TEST(passphrase), TEST(cidr), TEST(origins), TEST(callers),
-    TEST(http), TEST(http_late), TEST(forwarded), TEST(frames), TEST(frame_sizes),
+    TEST(http), TEST(http_late), TEST(http_turns), TEST(forwarded), TEST(frames), TEST(frame_sizes),
     TEST(rooms_memory), TEST(rooms_stop), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
     TEST(room_get), TEST(rooms_order),
     TEST(too_slow_to_go), TEST(rate), TEST(inbox), TEST(replay), TEST(silence),
