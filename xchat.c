@@ -963,6 +963,14 @@ static struct addr addr_of(const struct sockaddr_storage *sa) {
     return a;
 }
 
+/* Did this address of a name come before? /etc/hosts may have it in several lines. */
+static bool addr_again(const struct addrinfo *list, const struct addrinfo *ai) {
+    struct addr a = addr_of((const void *)ai->ai_addr), earlier;
+    for (; list != ai; list = list->ai_next)
+        if (earlier = addr_of((const void *)list->ai_addr), memcmp(a.ip, earlier.ip, sizeof a.ip) == 0) return true;
+    return false;
+}
+
 /* Reads an address without a port: "192.0.2.1", "2001:db8::1". */
 static bool addr_parse(slice s, struct addr *a) {
     char text[INET6_ADDRSTRLEN] = "";
@@ -1329,6 +1337,7 @@ static const char *listen_unix(const char *path, const struct proto *proto, cons
     if (strlen(path) >= sizeof sa.sun_path) return strerror(ENAMETOOLONG);
     memcpy(sa.sun_path, path, strlen(path));
     int probe = socket(AF_UNIX, SOCK_STREAM, 0);
+    fd_prepare(probe);   /* who lets others wait is alive, but not to be waited for */
     if (stat(path, &st) == 0 && S_ISSOCK(st.st_mode) && connect(probe, ai.ai_addr, sizeof sa) != 0 &&
         errno == ECONNREFUSED) unlink(path);
     if (probe >= 0) close(probe);
@@ -1345,6 +1354,7 @@ static const char *listen_tcp(const char *host, uint16_t port, bool tls, const s
     int error = getaddrinfo(*host != '\0' ? host : NULL, "0", &hints, &list), failed = EADDRNOTAVAIL;
     if (error != 0) return gai_strerror(error);
     for (struct addrinfo *ai = list; ai != NULL; ai = ai->ai_next) {
+        if (addr_again(list, ai)) continue;
         if (ai->ai_family == AF_INET) ((struct sockaddr_in *)(void *)ai->ai_addr)->sin_port = htons(port);
         else ((struct sockaddr_in6 *)(void *)ai->ai_addr)->sin6_port = htons(port);
         struct conn *l = listen_at(ai, tls, proto, state);

@@ -705,6 +705,14 @@ static void test_addresses(void) {
         const char *got = ok ? addr_text(&a) : "refused";
         check_text(cases[i].text, slice_of(got), slice_of(cases[i].shown));
     }
+    struct sockaddr_in names[4];
+    struct addrinfo list[4];
+    for (size_t i = 0; i < COUNT(list); i++) {   /* 127.0.0.1, 127.0.0.1, 127.0.0.2, 127.0.0.1 */
+        names[i] = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr.s_addr = htonl(i == 2 ? 0x7f000002 : 0x7f000001)};
+        list[i] = (struct addrinfo){.ai_addr = (void *)&names[i], .ai_next = i < 3 ? &list[i + 1] : NULL};
+        names[i].sin_port = htons((uint16_t)i);   /* that does not count */
+        CHECK(addr_again(list, &list[i]) == (i == 1 || i == 3), "address %zu of a name", i);
+    }
 }
 
 /* What dial() has said. */
