@@ -90,6 +90,11 @@
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 
+/* OpenSSL 3 takes the end of TCP without a goodbye of TLS for an error, unless it is told. */
+#ifndef SSL_OP_IGNORE_UNEXPECTED_EOF
+#define SSL_OP_IGNORE_UNEXPECTED_EOF 0
+#endif
+
 /* Linux can wait for many without looking at each (chapter 4); -DXCHAT_PURE_POLL does
  * without that, as other systems must. */
 #if defined(__linux__) && !defined(XCHAT_PURE_POLL)
@@ -1146,6 +1151,7 @@ static const char *tls_identify(SSL_CTX *tls, const char *cert, const char *key)
 static const char *tls_load(const char *cert, const char *key) {
     SSL_CTX *tls = tls_new(TLS_server_method(), NULL);
     SSL_CTX_set_alpn_select_cb(tls, tls_choose, NULL);
+    SSL_CTX_set_options(tls, SSL_OP_IGNORE_UNEXPECTED_EOF);   /* browsers end so, and apps that are ended */
     const char *why = tls_identify(tls, cert, key);
     SSL_CTX_free(why != NULL ? tls : loop.tls);
     if (why == NULL) loop.tls = tls;
@@ -1171,7 +1177,8 @@ static ssize_t tls_begin(struct conn *c) {
 static ssize_t tls_result(struct conn *c, int n) {
     int error = n > 0 ? SSL_ERROR_NONE : SSL_get_error(c->ssl, n);
     if (error == SSL_ERROR_NONE) return n;
-    if (error == SSL_ERROR_ZERO_RETURN) return 0;
+    bool bare = error == SSL_ERROR_SYSCALL && n == 0 && SSL_is_server(c->ssl);   /* so OpenSSL 1.1.1 says it */
+    if (error == SSL_ERROR_ZERO_RETURN || bare) return 0;
     bool wait = error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE;
     if (!wait) conn_lost(c, tls_why(c->ssl));
     errno = wait ? EAGAIN : ECONNRESET;

@@ -434,6 +434,23 @@ def broken_connection(gateway, s, name):
     check(text_and_badge(gateway.pushes(b, 2)[1]) == ("secret 4", 3), gateway.pushes(b)[1]["body"])
 
 
+@pushing(rows=[("plain", {}), ("TLS", {"options": ["--tls-cert", CERTIFICATE]})])
+def hangs_up(gateway, s, name):
+    """An app is ended, and the system says so for it, but not in its words: what it was sent is not pushed again."""
+    b, ann, bob = token(), Ws(s), Ws(s)
+    bob.login("Bob", "room", device_token=b)
+    ann.login("Ann", "room")
+    ann.say("secret 1")
+    bob.expect("login")
+    bob.expect("say")
+    bob.close()   # by TCP alone, also with TLS
+    ann.expect("say")
+    ann.expect("logout")
+    ann.say("secret 2")
+    push, = gateway.pushes(b, 1)
+    check(text_and_badge(push) == ("secret 2", 1), push["body"])
+
+
 # ---------------------------------------------------------------------------
 # What is sent
 # ---------------------------------------------------------------------------
