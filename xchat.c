@@ -1107,6 +1107,17 @@ static int tls_choose(SSL *ssl, const unsigned char **out, unsigned char *len, c
     return result == OPENSSL_NPN_NEGOTIATED ? SSL_TLSEXT_ERR_OK : SSL_TLSEXT_ERR_ALERT_FATAL;
 }
 
+/* The memory of OpenSSL, too, is had, or it is the end: what it could not set up when it was needed first is
+ * missing for good, and no handshake would succeed any more. exit() would have it clean up what it is at. */
+static void *tls_realloc(void *p, size_t n, const char *file, int line) {
+    (void)file, (void)line;
+    if (n == 0) return free(p), NULL;
+    if ((p = realloc(p, n)) == NULL) log_line("error", "out of memory (%zu bytes of OpenSSL)", n), _exit(1);
+    return p;
+}
+
+static void *tls_malloc(size_t n, const char *file, int line) { return tls_realloc(NULL, n, file, line); }
+
 /* The passphrase of a key, or OpenSSL would ask at the terminal. */
 static int tls_passphrase(char *text, int size, int writing, void *phrase) {
     int len = phrase != NULL ? (int)strlen(phrase) : -1;
@@ -7568,6 +7579,7 @@ int main(int argc, char **argv) {
     while (fd >= 0 && fd < 3) fd = open("/dev/null", O_RDWR);
     close(fd);
     memory_init();
+    CRYPTO_set_mem_functions(tls_malloc, tls_realloc, NULL);
     clock_read();
     options_read(argc, argv);
     if (!pass_load()) return 1;

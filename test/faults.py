@@ -18,6 +18,7 @@ import contextlib
 import errno
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -331,6 +332,24 @@ def life(w, call, how, n, times, steps):
     return struck
 
 
+class Stranger(Session):
+    """Who is the first to want TLS."""
+
+    def page_over_tls(self):
+        http = Http(self._w.s, at=1)
+        check(http.ask("/").status == 200, "no page")
+        http.close()
+
+
+def first(w, call, how, n, times, steps):
+    """A session with a server that has just begun, and another one, of which nothing fails."""
+    w.s.kill()
+    w.start()
+    struck = session(w, call, how, n, times, steps, Stranger)
+    session(w, call, how, Faults.EVER, times, steps, Stranger)
+    return struck
+
+
 def every(*rows, factor=1, how_to=session, options=(), steps=STEPS, world=world):
     """A case that tries every STEP-th call of each row: (call, what it fails with...); or with a `factor` every
     so many STEP-th."""
@@ -341,7 +360,7 @@ def every(*rows, factor=1, how_to=session, options=(), steps=STEPS, world=world)
                                                                       for call, *hows in rows for how in hows])
 
         def tries(w, call, how):
-            step = STEP * factor if STEP > 1 else factor
+            step = math.ceil(STEP * factor if STEP > 1 else factor)
             n, tried = random.randrange(step) + 1, 0
             try:
                 while how_to(w, call, how, n, 1, steps):
@@ -410,6 +429,11 @@ def memory():
 @every(("malloc", errno.ENOMEM), factor=61)
 def memory_of_tls():
     """A handshake alone takes thousands."""
+
+
+@every(("malloc", errno.ENOMEM), factor=0.2, how_to=first, steps=("page_over_tls",))
+def memory_of_first_handshake():
+    """What OpenSSL sets up when it is needed first, and never again."""
 
 
 @every(("open", errno.EMFILE), ("file read", errno.EIO), ("mkdirat", errno.ENOSPC),
