@@ -1875,13 +1875,15 @@ static ssize_t http_head_end(struct conn *c, const char *p, size_t n) {
     return 0;
 }
 
-/* Queues a response; `extra` is header lines, each with its CR LF. The reader gets
- * --timeout, and a second for each KB, to take it and to ask again. */
+/* The peer gets --timeout, and a second for each KB, to take what there is for it and to ask. */
+static void http_wait(struct conn *c) { c->deadline_ms = now.ms + (int64_t)opt.timeout_s * 1000 + c->out.len; }
+
+/* Queues a response; `extra` is header lines, each with its CR LF. */
 static void http_reply(struct conn *c, const struct request *q, const char *status, slice extra, slice body) {
     buf_printf(&c->out, "HTTP/1.1 %s\r\nContent-Length: %zu\r\nConnection: %s\r\n%.*s\r\n", status, body.len,
                q->keep ? "keep-alive" : "close", F(extra));
     if (!slice_eq(q->method, S("HEAD"))) buf_add(&c->out, body);
-    c->deadline_ms = now.ms + (int64_t)opt.timeout_s * 1000 + c->out.len;
+    http_wait(c);
     log_debug("%s: %.*s %.*s: %s", addr_text(&c->peer), F(q->method), F(q->path), status);   /* no query */
     conn_touch(c);
     if (!q->keep) conn_close(c, status);
@@ -1986,6 +1988,7 @@ static ssize_t http_feed(struct conn *c, char *p, size_t n) {
     struct request q = {0};
     if (end >= 0 && (end > 0 ? (size_t)end : n) > opt.max_head)
         return http_refuse(c, "431 Request Header Fields Too Large", S(PLAIN), "the head is over --max-head\n");
+    if (c->spoke && c->in.len == 0) http_wait(c);   /* on a connection that was kept a request begins */
     if (end == 0) return 0;
     c->searched = 0;
     const char *why = end > 0 ? http_parse((slice){p, (size_t)end}, &q) : "this is not HTTP/1.1\n";
@@ -2011,8 +2014,11 @@ static void http_tick(struct conn *c) {
     else http_refuse(c, "408 Request Timeout", S(PLAIN), "the request took longer than --timeout\n");
 }
 
+/* A long last answer has a second for each KB, too. */
+static void http_closed(struct conn *c) { c->deadline_ms += c->out.len; }
+
 static const struct proto http_proto = {
-    .name = "http", .feed = http_feed, .tick = http_tick, .freed = http_freed,
+    .name = "http", .feed = http_feed, .tick = http_tick, .closed = http_closed, .freed = http_freed,
 };
 
 static void http_accepted(struct conn *l, struct conn *c) {

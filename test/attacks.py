@@ -24,6 +24,7 @@ What is tried, and where (FILE.CASE; without FILE it is in this one):
   HTTP and TLS
     13  heads and hellos that never end, 500 of them   slow_heads five_hundred_wait one_address_takes_all_places
                                                        tls.stalled_handshakes api.dripping
+                                                       request_on_a_kept_connection
     14  heads that two parsers read in two ways        bad_head empty_lines_first tls.plain_text_on_a_tls_port
                                                        tls.broken_hellos
     15  bodies whose end is not certain                request_smuggling api.strange_lengths api.other_encodings
@@ -34,7 +35,7 @@ What is tried, and where (FILE.CASE; without FILE it is in this one):
                                                        api.origins api.rebinding api.preflight
     19  addresses that somebody only claims to have    server.forwarded_for server.forwarded_for_by_strangers
     20  asking much and reading little                 pipelines_and_never_reads page_in_sips server.pipelining
-                                                       api.slow_reader
+                                                       api.slow_reader last_answer_in_no_hurry
   JSON and chat
     21  a million brackets                             deep_json depth_limit
     22  JSON that nearly is some                       odd_json bad_utf8_in_a_string chat.bad_json
@@ -1172,6 +1173,35 @@ def faulty(*options):
         faults = Faults(directory)
         with Server(*options, env=faults.env) as s:
             yield s, faults
+
+
+@case()
+def request_on_a_kept_connection():
+    """Each request has all of --timeout, however long the connection had nothing to do before."""
+    with faulty("--timeout", "1000", "--admin", "127.0.0.1:0") as (s, faults):
+        idle, http = Http(s), Http(s, at="admin")
+        for kept in idle, http:
+            check(kept.ask("/health").status == 200)
+        faults.later = 900
+        body = b'{"room":"1","message":"hello"}'
+        http.send(get("/api/send", f"Content-Length: {len(body)}", "Expect: 100-continue", method="POST"))
+        http.take_line_end(b"100 Continue\r\n\r\n")
+        faults.later = 1500
+        idle.expect_end()
+        http.send(body)
+        check((answer := http.answer()).status == 200, answer)
+
+
+@case()
+def last_answer_in_no_hurry():
+    """Who asks for "Connection: close" has as much time to read as others."""
+    with faulty() as (s, faults):
+        whole = Http(s).ask("/").body
+        faults.sndbuf = 4096
+        slow = Http(s, rcvbuf=2048)
+        slow.send(get("/", "Connection: close"))
+        time.sleep(6)   # it is the server that is kept waiting here
+        check(slow.answer().body == whole, "the page is another one")
 
 
 @case()
