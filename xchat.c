@@ -174,6 +174,7 @@ enum {
     REFUSED_MAX = 8,          /* connections beyond a limit that get an answer, at a time */
     TLS_RECORD = 16384,       /* bytes that TLS encrypts, and we hand to it, at once */
     OUT_HIGH = 65536,         /* who has more unread answers is not read from */
+    TICKETS_MAX = 16,         /* messages of TLS itself that a gateway may send in one round */
     PARKED_READY = 1024,      /* parked connections that are handled in one round */
     TICK_MS = 1000,           /* how often deadlines are looked at */
     MOVED_MANY = 64,          /* so many connections that came or went may leave holes in the heap */
@@ -1082,6 +1083,8 @@ static bool conn_paused(const struct conn *c) { return c->out.len > OUT_HIGH; }
 static uint8_t conn_interest(const struct conn *c) {
     bool listens = c->proto->accepted != NULL;
     bool reads = c->closing ? !c->eof : listens ? now.ms >= c->deadline_ms : !conn_paused(c) || c->muted;
+    /* TLS has something of its own to say first, such as a new key: poll would report the rest again and again. */
+    if (c->blocked && c->ssl != NULL && SSL_in_init(c->ssl)) reads = false;
     return (uint8_t)((reads ? POLLIN : 0) | (c->blocked ? POLLOUT : 0));
 }
 
@@ -1135,6 +1138,7 @@ static SSL_CTX *tls_new(const SSL_METHOD *method, const char *phrase) {
     SSL_CTX_set_options(tls, SSL_OP_NO_RENEGOTIATION | SSL_OP_CIPHER_SERVER_PREFERENCE);
     SSL_CTX_set_mode(tls, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER |
                      SSL_MODE_RELEASE_BUFFERS);
+    SSL_CTX_clear_mode(tls, SSL_MODE_AUTO_RETRY);   /* new keys without end would keep SSL_read() from returning */
     SSL_CTX_set_session_cache_mode(tls, SSL_SESS_CACHE_OFF);   /* tickets are kept by the clients */
     SSL_CTX_set_default_passwd_cb(tls, tls_passphrase);
     SSL_CTX_set_default_passwd_cb_userdata(tls, (void *)(uintptr_t)phrase);
@@ -1205,7 +1209,14 @@ static ssize_t conn_recv(struct conn *c, char *p, size_t n) {
     if (c->muted) conn_touch(c);
     c->muted = false;
     ERR_clear_error();
-    return tls_result(c, SSL_read(c->ssl, p, (int)n));
+    BIO *bio = SSL_get_rbio(c->ssl);
+    uint64_t before;
+    int got, turns = SSL_is_server(c->ssl) ? 1 : TICKETS_MAX;
+    /* Of a gateway we read on: behind its tickets may be its last words, which are gone once we have
+     * written to who hung up. */
+    do before = BIO_number_read(bio), got = SSL_read(c->ssl, p, (int)n);
+    while (got < 0 && BIO_number_read(bio) > before && --turns > 0);
+    return tls_result(c, got);
 }
 
 static ssize_t conn_send(struct conn *c, slice s) {
@@ -1253,7 +1264,7 @@ static bool conn_write(struct conn *c, slice s, size_t *written) {
     loop.sent += *written;
     c->spoke = c->spoke || n > 0;
     c->blocked = !c->muted && (again || (c->ssl == NULL && n >= 0 && (size_t)n < s.len));
-    if (n < 0 && !again) conn_lost(c, "connection reset");
+    if (n <= 0 && !again) conn_lost(c, "connection reset");   /* 0: TLS, to who had said goodbye before */
     if (c->blocked) conn_touch(c);   /* so that poll waits for room */
     return !c->blocked && !c->muted && !c->lost;
 }
@@ -1600,7 +1611,8 @@ static void conn_ready(struct conn *c, short events) {
         c->blocked = false;
         conn_touch(c);
     }
-    if ((events & ~POLLOUT) == 0 && c->ssl == NULL) return;   /* TLS may read after it wrote */
+    /* TLS may read after it wrote. */
+    if ((events & ~POLLOUT) == 0 && (c->ssl == NULL || (conn_interest(c) & POLLIN) == 0)) return;
     if (c->proto->accepted != NULL) listener_ready(c);
     else conn_read(c);   /* for POLLHUP and POLLERR too: it tells what happened */
 }

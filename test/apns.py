@@ -27,7 +27,7 @@ import threading
 import time
 
 from harness import (CERTIFICATE, DEADLINE, SLOW, WRAP, Http, Server, Skip, Ws, case, check, close_frame, command,
-                     environment, main, run, until)
+                     environment, instrumented, main, new_keys, openssl, run, until)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 OTHER = os.path.join(HERE, "other.pem")
@@ -493,6 +493,33 @@ def end_without_a_word():
     at_once([("command 2", after(3)), ("command 0", after(3), "--apns-format", "0"),
              ("error for 0", after(3, error(8, 0))), ("error for another", after(3, error(8, 0x7fffffff))),
              ("error cut short", after(3, lambda got: error(8, got[0])[:5])), ("nonsense", after(3, b"HTTP/1.1 400 No\r\n"))], row)
+
+
+@case(serial=True)
+def new_keys_without_end():
+    """A gateway that does nothing but change keys has one turn in a round, as everybody; then it is heard."""
+    context = openssl("SSL_CTX_new", openssl("TLS_server_method"))
+    openssl("SSL_CTX_use_certificate_chain_file", context, CERTIFICATE.encode())
+    openssl("SSL_CTX_use_PrivateKey_file", context, CERTIFICATE.encode(), 1)
+    listener, other = two_listeners()
+    listener.settimeout(SOON)
+    with listener, other, Xchat(f"binary://localhost:{listener.getsockname()[1]}") as s:
+        ann = Ws(s)
+        phones(s, 1)
+        tell(s)
+        with listener.accept()[0] as sock:
+            sock.settimeout(None)
+            tls = openssl("SSL_new", context)
+            openssl("SSL_set_fd", tls, sock.fileno())
+            check(openssl("SSL_accept", tls).value == 1, "no handshake")
+            flood = new_keys(tls, 1000 if instrumented() else 20000, error(8, 4711))
+            begin = time.monotonic()
+            sock.sendall(flood)
+            ann.fence()
+            waited = time.monotonic() - begin
+            s.wait_log("error 8, of no push", SOON)
+            flooded = time.monotonic() - begin
+    check(waited < flooded / 2, f"another waited {waited:.3f} s of {flooded:.3f} s")
 
 
 @case()

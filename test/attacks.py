@@ -36,6 +36,7 @@ What is tried, and where (FILE.CASE; without FILE it is in this one):
     19  addresses that somebody only claims to have    server.forwarded_for server.forwarded_for_by_strangers
     20  asking much and reading little                 pipelines_and_never_reads page_in_sips server.pipelining
                                                        api.slow_reader last_answer_in_no_hurry
+                                                       tls.asks_faster_than_it_reads tls.new_keys_without_end
   JSON and chat
     21  a million brackets                             deep_json depth_limit
     22  JSON that nearly is some                       odd_json bad_utf8_in_a_string chat.bad_json

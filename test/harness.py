@@ -24,6 +24,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import functools
 import hashlib
 import inspect
@@ -126,6 +127,30 @@ def trusting(certificate=CERTIFICATE, **settings):
     for name, value in settings.items():
         setattr(context, name, value)
     return context
+
+
+def openssl(name, *arguments):
+    """What this function of the OpenSSL that Python has returns; pointers are c_void_p."""
+    if not hasattr(ssl._ssl, "__file__"):
+        raise Skip("the OpenSSL of this Python cannot be called")
+    call = getattr(ctypes.CDLL(ssl._ssl.__file__), name)
+    call.restype = ctypes.c_void_p
+    return ctypes.c_void_p(call(*arguments))
+
+
+def new_keys(tls, n, last=b"", ask=False):
+    """The bytes by which a connection of openssl() changes its keys so many times, and then says this; the other side may be
+    asked to do the same."""
+    memory = openssl("BIO_new", openssl("BIO_s_mem"))
+    openssl("SSL_set0_wbio", tls, memory)
+    for _ in range(n):
+        openssl("SSL_key_update", tls, int(ask))
+        check(openssl("SSL_do_handshake", tls).value == 1, "no new key")
+    if last:
+        openssl("SSL_write", tls, last, len(last))
+    flood = ctypes.create_string_buffer(64 * n + len(last) + 64)
+    size = openssl("BIO_read", memory, flood, len(flood)).value
+    return flood.raw[:size]
 
 
 class Server:

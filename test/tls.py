@@ -6,6 +6,7 @@ directory are for these tests and nothing else: everybody has their keys.
 
 import base64
 import contextlib
+import ctypes
 import functools
 import os
 import shutil
@@ -14,9 +15,10 @@ import socket
 import ssl
 import subprocess
 import tempfile
+import time
 
 from harness import (ACCEPT, CERTIFICATE, CLOSE, DEADLINE, SLOW, TEXT, UPGRADE, Bystander, Http, Server, Skip, Stream,
-                     Ws, case, check, frame, get, instrumented, join, main, run, trusting, until)
+                     Ws, case, check, frame, get, instrumented, join, main, new_keys, openssl, run, trusting, until)
 
 OTHER = os.path.join(os.path.dirname(CERTIFICATE), "other.pem")
 TLS = ("--tls-cert", CERTIFICATE)
@@ -209,6 +211,67 @@ def slow_reader(s):
     check(pongs == sorted(pongs), pongs)
 
 
+@case(*TLS, serial=True)
+def asks_faster_than_it_reads(s):
+    """Who reads slowly is not read from, also when the kernel has just taken a little of what waits."""
+    many, read = Http(s, rcvbuf=4096), 0
+    before = s.status("VmRSS")
+    while before and read < 1 << 26:
+        many.sock.settimeout(0)
+        with contextlib.suppress(ssl.SSLWantWriteError):
+            while True:
+                many.sock.send(get() * 400)
+        many.sock.settimeout(DEADLINE)
+        read += len(many.sock.recv(1 << 16))
+    grown = (s.status("VmRSS") or 0) - (before or 0)
+    check(grown < 512, f"memory grew by {grown} KiB")
+
+
+@case(*TLS, serial=True)
+def new_keys_without_end(s):
+    """Who does nothing but change keys has one turn in a round, as everybody."""
+    ann, eve = Ws(s), socket.create_connection(s.address()[1])
+    tls = openssl("SSL_new", openssl("SSL_CTX_new", openssl("TLS_client_method")))
+    openssl("SSL_set_fd", tls, eve.fileno())
+    check(openssl("SSL_connect", tls).value == 1, "no handshake")
+    flood = new_keys(tls, 1000 if instrumented() else 20000, get("/health"))
+    eve.sendall(flood)
+    begin = time.monotonic()
+    ann.fence()
+    waited = time.monotonic() - begin
+    answer = ctypes.create_string_buffer(1 << 16)
+    check(openssl("SSL_read", tls, answer, len(answer)).value > 0 and b"200 OK" in answer.raw, "no answer")
+    flooded = time.monotonic() - begin
+    eve.close()
+    check(waited < flooded / 2, f"another waited {waited:.3f} s of {flooded:.3f} s")
+
+
+@case(*TLS, serial=True)
+def new_keys_unread(s):
+    """Who asks for new keys and reads none is not listened to until there is room for one; nobody is busy with that."""
+    eve = socket.socket()
+    for option, size in (socket.SO_RCVBUF, 4096), (socket.SO_SNDBUF, 1 << 16):
+        eve.setsockopt(socket.SOL_SOCKET, option, size)
+    eve.connect(s.address()[1])
+    tls = openssl("SSL_new", openssl("SSL_CTX_new", openssl("TLS_client_method")))
+    openssl("SSL_set_fd", tls, eve.fileno())
+    check(openssl("SSL_connect", tls).value == 1, "no handshake")
+    upgrade = get("/", *UPGRADE)
+    openssl("SSL_write", tls, upgrade, len(upgrade))
+    eve.settimeout(SLOW)
+    with contextlib.suppress(TimeoutError):
+        for _ in range(1 if instrumented() else 40):   # 3 to 5 MB, until our system keeps no more of them
+            eve.sendall(new_keys(tls, 10000, ask=True))
+
+    def quiet():
+        before = s.cpu_seconds()
+        time.sleep(0.5)
+        return s.cpu_seconds() - before < 0.1
+    until(quiet, "it is still busy", DEADLINE)
+    join(s, "room", "Ann")
+    eve.close()
+
+
 @case(*TLS)
 def large_input(s):
     """Messages over many records, and many messages in one record."""
@@ -239,6 +302,23 @@ def goodbye(s):
     raw.shutdown(socket.SHUT_WR)   # without TLS's goodbye
     bob.expect("logout", from_client_id=last.id)
     raw.close()
+
+
+@case(*TLS, "--rate", "0", "--backlog", str(64 << 20))
+def goodbye_and_reset(s):
+    """Who says goodbye with a lot unread, and then resets, is gone, and the server goes on."""
+    mute, ann = Ws(s, rcvbuf=4096), join(s, "room", "Ann")
+    mute.login("Mute", "room")
+    ann.expect("login")
+    for _ in range(150):
+        ann.say("x" * 60000)
+        ann.expect("say")
+    mute.sock.settimeout(0)
+    with contextlib.suppress(ssl.SSLError):   # what was said stands in front of the server's goodbye
+        mute.sock.unwrap()
+    ann.expect("logout", from_client_id=mute.id)
+    mute.reset()
+    ann.fence()
 
 
 @case()
