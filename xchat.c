@@ -1691,7 +1691,8 @@ enum header {
 };
 
 struct request {
-    slice method, target, path;   /* path: target without the query */
+    slice method, target, path;   /* path: target without the query, and without... */
+    slice host;                   /* ...the host, which may stand in front of it */
     slice query, lines, body;     /* behind its '?'; all header lines, each with its CR LF */
     int64_t length;               /* of the body */
     slice header[HEADERS];        /* S("") for what is missing */
@@ -1815,15 +1816,22 @@ static bool is_text(slice s, unsigned char least, char also) {
     return n == s.len;
 }
 
-/* "GET /path HTTP/1.1": one space twice, a path, a version we know. */
+/* "GET /path HTTP/1.1": one space twice, a path (or, as if to a proxy, an http: URL), a version we know. */
 static bool http_start(slice line, struct request *q) {
     q->method = slice_split(&line, ' ');
     q->target = slice_split(&line, ' ');
     q->query = q->target;
     q->path = slice_split(&q->query, '?');
     q->keep = slice_eq(line, S("HTTP/1.1"));
+    slice rest = q->path, scheme = slice_split(&rest, ':');
+    if (http_has_token(S("http,https"), scheme) && slice_starts(rest, S("//"))) {
+        q->path = rest = slice_cut(rest, 2);
+        q->host = slice_split(&rest, '/');
+        q->path = q->host.len < q->path.len ? slice_cut(q->path, q->host.len) : S("/");
+        if (q->host.len == 0) return false;
+    }
     return (q->keep || slice_eq(line, S("HTTP/1.0"))) && http_is_token(q->method) &&
-           slice_starts(q->target, S("/")) && is_text(q->target, '!', '!');
+           slice_starts(q->path, S("/")) && is_text(q->target, '!', '!');
 }
 
 /* Behind a proxy the client is the last in X-Forwarded-For that is no trusted proxy
@@ -1869,6 +1877,8 @@ static const char *http_parse(slice head, struct request *q) {
     q->length = q->header[LENGTH].len > 0 ? slice_number(q->header[LENGTH], 10) : 0;
     if (q->length < 0 || q->header[ENCODING].len > 0) return "a body needs a Content-Length, in digits\n";
     if (q->header[HOST].len == 0 && q->keep) return "a Host header is needed\n";
+    if (q->host.len > 0) q->header[HOST] = q->host;   /* RFC 9112, 3.2.2 */
+    if (!q->keep) q->header[EXPECT] = S("");   /* HTTP/1.0 knows no 100 */
     q->keep = q->keep && !q->close;
     return NULL;
 }
@@ -1892,8 +1902,9 @@ static void http_wait(struct conn *c) { c->deadline_ms = now.ms + (int64_t)opt.t
 
 /* Queues a response; `extra` is header lines, each with its CR LF. */
 static void http_reply(struct conn *c, const struct request *q, const char *status, slice extra, slice body) {
-    buf_printf(&c->out, "HTTP/1.1 %s\r\nContent-Length: %zu\r\nConnection: %s\r\n%.*s\r\n", status, body.len,
-               q->keep ? "keep-alive" : "close", F(extra));
+    const char *next = q->keep ? "keep-alive" : strncmp(status, "426", 3) == 0 ? "close, upgrade" : "close";
+    buf_printf(&c->out, "HTTP/1.1 %s\r\nContent-Length: %zu\r\nConnection: %s\r\n%.*s\r\n", status, body.len, next,
+               F(extra));
     if (!slice_eq(q->method, S("HEAD"))) buf_add(&c->out, body);
     http_wait(c);
     log_debug("%s: %.*s %.*s: %s", addr_text(&c->peer), F(q->method), F(q->path), status);   /* no query */

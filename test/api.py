@@ -876,9 +876,10 @@ CALLS = [request("/api/rooms"), post("send", {"room": "1", "message": "heard"})]
     ("128.0.0.1", False), ("[::2]", False), ("192.0.2.1", False), ("127", False), ("127.0.0.1:80:evil", False),
     ("localhost:x", False), ("localhost,evil", False))])
 def rebinding(s, host, _, ok):
-    """A page whose name was made to point here is told by its Host."""
+    """A page whose name was made to point here is told by its Host, or the one in front of the path."""
     ann = join(s, room := new_room(), "Ann")
-    for raw in request("/api/rooms", host=host), post("send", {"room": room, "message": "heard"}, host=host):
+    for raw in (request("/api/rooms", host=host), request(f"http://{host}/api/rooms"),
+                post("send", {"room": room, "message": "heard"}, host=host)):
         answer = ask(s, raw)
         check(answer.status == 200 if ok else answer.status in (400, 403), answer)
         if answer.status == 403:
@@ -1287,6 +1288,11 @@ def continue_first(s):
         http.send(post("send", {"room": "1", "message": []}, "Expect: 100-continue"))
         if b"100 Continue" not in (head := http.take_line_end()):
             http.buffer = head + http.buffer
+        check(parsed(http.answer(), 200)["sent"] == 0)
+    with contextlib.closing(Http(s, at=ADMIN)) as http:   # HTTP/1.0 does not know that answer
+        http.send(post("send", "", "Expect: 100-continue", f"Content-Length: {len(body)}", version="1.0"))
+        check(ask(s, request("/health")).status == 200)
+        http.send(body)
         check(parsed(http.answer(), 200)["sent"] == 0)
 
 

@@ -595,6 +595,7 @@ def handshake(s, name, lines, *statuses):
     check(answer.status in statuses, answer)
     if answer.status == 426:
         check(answer.headers.get("sec-websocket-version") == "13", answer)
+        check(answer.headers.get("connection") == "close, upgrade", "RFC 9110, 7.8:", answer)
 
 
 @attack(rows=[("POST", {"method": "POST"}), ("HEAD", {"method": "HEAD"}), ("HTTP/1.0", {"version": "1.0"})])
