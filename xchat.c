@@ -1834,13 +1834,23 @@ static bool http_start(slice line, struct request *q) {
            slice_starts(q->path, S("/")) && is_text(q->target, '!', '!');
 }
 
+/* Without any port. */
+static slice http_name(slice host) {
+    size_t n = host.len;
+    while (n > 0 && host.p[n - 1] >= '0' && host.p[n - 1] <= '9') n--;
+    return n > 0 && n < host.len && host.p[n - 1] == ':' ? slice_take(host, n - 1) : host;
+}
+
 /* Behind a proxy the client is the last in X-Forwarded-For that is no trusted proxy
- * itself; those in front of it are only what the client wrote. False: all are proxies. */
+ * itself; those in front of it are only what the client wrote. False: all are proxies.
+ * Some proxies name the port as well: "192.0.2.1:4711", "[2001:db8::1]:4711". */
 static bool http_client(slice list, struct addr *client) {
     for (struct addr hop; list.len > 0;) {
         size_t at = list.len;
         while (at > 0 && list.p[at - 1] != ',') at--;
-        if (!addr_parse(slice_trim(slice_cut(list, at)), &hop)) return true;
+        slice text = slice_trim(slice_cut(list, at)), ip = http_name(text);
+        if (slice_starts(ip, S("[")) && ip.p[ip.len - 1] == ']') ip = (slice){ip.p + 1, ip.len - 2};
+        if (!addr_parse(text, &hop) && !addr_parse(ip, &hop)) return true;
         *client = hop;
         if (!http_trusts(&hop)) return true;
         list.len = at > 0 ? at - 1 : 0;
@@ -1928,13 +1938,6 @@ static int http_refuse(struct conn *c, const char *status, slice extra, const ch
 static slice http_host(slice host, slice port) {
     size_t n = host.len > port.len ? host.len - port.len : 0;
     return n > 0 && slice_eq(slice_cut(host, n), port) ? slice_take(host, n) : host;
-}
-
-/* Without any port. */
-static slice http_name(slice host) {
-    size_t n = host.len;
-    while (n > 0 && host.p[n - 1] >= '0' && host.p[n - 1] <= '9') n--;
-    return n > 0 && n < host.len && host.p[n - 1] == ':' ? slice_take(host, n - 1) : host;
 }
 
 /* Any page can have its reader's browser connect to any server, which must look whose page

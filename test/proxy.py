@@ -128,6 +128,20 @@ def real_addresses(s):
     check("192.0.2.9" not in s.log(), s.log())
 
 
+@case("--max-per-address", "1", *TRUST)
+def addresses_with_ports(s):
+    """Some proxies say the client's port, too: each of these is one client, however it is written."""
+    def answer(*hops):
+        return Ws(s, open=False).ask("/", *UPGRADE, "X-Forwarded-For: " + ", ".join(hops)).status
+    for hops in ["192.0.2.1:4711"], ["[2001:db8::1]:4711"], ["192.0.2.2"], ["2001:db8:1::80"], ["192.0.2.3:1", "127.0.0.1:2"]:
+        check(answer(*hops) == 101, hops, "is taken for another")
+    for hops in ["192.0.2.1"], ["192.0.2.1:9"], ["2001:db8::1"], ["[2001:db8::1]"], ["192.0.2.2:1"], ["192.0.2.3"]:
+        check(answer(*hops) == 429, hops, "is not known again")
+    for garbage in "192.0.2.4:", "[192.0.2.5", "[]", "]", "[", "[:1", ":80", "192.0.2.6:x", "[2001:db8::2]:x":
+        check(answer(garbage) in (101, 429), garbage)
+    check(answer("[") == 429, "garbage is not the proxy itself")
+
+
 @case("--ping", "1", *TRUST)
 def silent_for_long(s):
     """A connection on which nobody speaks lives longer than nginx's patience, since --ping is shorter than that."""
