@@ -1984,16 +1984,17 @@ static int ws_upgrade(struct conn *c, const struct request *q) {
 /* `freed` of HTTP, and of what it was upgraded to: until then it holds a descriptor. */
 static void http_freed(struct conn *c) { http_count(c, false); }
 
+/* Behind a proxy each request may come from somebody else. Before that is looked at it is the proxy's. */
+static void http_proxied(struct conn *c) {
+    struct sockaddr_storage proxy = {.ss_family = AF_UNIX};
+    socklen_t len = sizeof proxy;
+    http_count(c, false);
+    if (getpeername(c->fd, (struct sockaddr *)&proxy, &len) == 0) c->peer = addr_of(&proxy);
+}
+
 static int http_answer(struct conn *c, const struct request *q) {
     const struct site *site = c->state;
-    if (c->proxy) {   /* each request may come from somebody else */
-        struct sockaddr_storage proxy = {.ss_family = AF_UNIX};
-        socklen_t len = sizeof proxy;
-        http_count(c, false);
-        if (getpeername(c->fd, (struct sockaddr *)&proxy, &len) == 0) c->peer = addr_of(&proxy);
-        http_client(q->header[FORWARDED], &c->peer);
-        http_count(c, true);
-    }
+    if (c->proxy) http_client(q->header[FORWARDED], &c->peer), http_count(c, true);
     if (c->refused || http.connections > opt.max_clients) {
         c->eof = true;   /* do not wait for the peer: it has nothing more to say */
         http.turned_away += !c->refused;
@@ -2022,6 +2023,7 @@ static ssize_t http_feed(struct conn *c, char *p, size_t n) {
     if (why == NULL && q.length > 0 && site->body == 0) why = "no body is taken here\n";
     if (why != NULL) return http_refuse(c, "400 Bad Request", S(PLAIN), why);
     if (q.length > site->body) return http_refuse(c, "413 Content Too Large", S(PLAIN), "the body is too long\n");
+    if (c->proxy) http_proxied(c);
     if (site->allowed != NULL && !site->allowed(c, &q)) return -1;   /* before the body is waited for */
     q.body = slice_cut((slice){p, n}, (size_t)end);
     bool expected = (int64_t)q.body.len < q.length;

@@ -899,6 +899,10 @@ def unix_socket():
         strange = post("send", {"room": "1", "message": "x"}, "Origin: http://evil.example", host="any.example")
         parsed(ask(s, strange), 403, "forbidden")
         ann.expect_nothing()
+        with contextlib.closing(Http(s, at=ADMIN)) as proxy:   # which keeps its connection
+            for client in "192.0.2.1", "192.0.2.2":
+                proxy.send(request("/api/rooms", f"X-Forwarded-For: {client}", host="any.example"))
+                parsed(proxy.answer(), 200)
 
 
 @api(rows=[(repr((host, origin)), host, origin, ok) for host, origin, ok in (
