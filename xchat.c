@@ -172,6 +172,7 @@ enum {
     LINE_MAX_BYTES = 7 << 24, /* of history: an escaped message, whatever --max-message */
     FILE_NAME_BYTES = 200,    /* file systems take 255 */
     REFUSED_MAX = 8,          /* connections beyond a limit that get an answer, at a time */
+    ACCEPTED_MAX = 16,        /* connections that one listener accepts in one round */
     TLS_RECORD = 16384,       /* bytes that TLS encrypts, and we hand to it, at once */
     OUT_HIGH = 65536,         /* who has more unread answers is not read from */
     TICKETS_MAX = 16,         /* messages of TLS itself that a gateway may send in one round */
@@ -1306,9 +1307,10 @@ static int fd_prepare(int fd) {
     return flags < 0 ? -1 : fcntl(fd, F_SETFL, flags | O_NONBLOCK);
 }
 
-/* Accepts some of those who wait; others have their turn too. */
+/* Accepts some of those who wait: others have their turn too, and those who are too many hold
+ * descriptors until the round ends. */
 static void listener_ready(struct conn *l) {
-    for (int i = 0; i < 64; i++) {
+    for (int i = 0; i < ACCEPTED_MAX; i++) {
         struct sockaddr_storage from = {.ss_family = AF_UNIX};
         socklen_t len = sizeof from;
         int fd = accept(l->fd, (struct sockaddr *)&from, &len);
@@ -1995,7 +1997,7 @@ static void http_proxied(struct conn *c) {
 static int http_answer(struct conn *c, const struct request *q) {
     const struct site *site = c->state;
     if (c->proxy) http_client(q->header[FORWARDED], &c->peer), http_count(c, true);
-    if (c->refused || http.connections > opt.max_clients) {
+    if ((c->refused || http.connections > opt.max_clients) && site->allowed == NULL) {   /* orders are heard */
         c->eof = true;   /* do not wait for the peer: it has nothing more to say */
         http.turned_away += !c->refused;
         const char *status = c->refused ? "429 Too Many Requests" : "503 Service Unavailable";
@@ -2055,8 +2057,12 @@ static void http_accepted(struct conn *l, struct conn *c) {
     c->proxy = http_trusts(&c->peer);
     if (!c->proxy) http_count(c, true);
     /* Who is refused anyway must not hold a descriptor for long. */
-    c->deadline_ms = now.ms + (c->refused ? TICK_MS : (int64_t)opt.timeout_s * 1000);
-    if (c->refused && http.refused > REFUSED_MAX) conn_lost(c, "over --max-per-address");
+    uint32_t over = http.connections > opt.max_clients ? http.connections - opt.max_clients : 0;
+    bool refused = c->refused || over > 0;
+    c->deadline_ms = now.ms + (refused ? TICK_MS : (int64_t)opt.timeout_s * 1000);
+    if (!refused || http.refused + over <= REFUSED_MAX) return;
+    http.turned_away += !c->refused;
+    conn_lost(c, c->refused ? "over --max-per-address" : "over --max-clients");
 }
 
 static const struct proto http_listener = {
@@ -7366,13 +7372,14 @@ static void options_read(int argc, char **argv) {
 }
 
 /* Every client is a descriptor. Takes as many as the system allows, and keeps some for
- * listeners, and for telling those who are too many. */
+ * listeners, files, the back end, and for telling those who are too many. */
 static void limit_clients(void) {
     struct rlimit limit;
     if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
     limit.rlim_cur = limit.rlim_max;
     if (setrlimit(RLIMIT_NOFILE, &limit) != 0) getrlimit(RLIMIT_NOFILE, &limit);
-    uint64_t files = limit.rlim_cur, most = files - (files >= 256 ? 64 : files / 4);
+    uint64_t files = limit.rlim_cur, kept = opt.gateway != NULL || opt.reg != NULL ? 64 + PEERS_MAX : 64;
+    uint64_t most = files - (files >= 4 * kept ? kept : files / 4);
     if (opt.max_clients <= most) return;
     log_info("--max-clients: only %u fit into the limit of open files (ulimit -n)", (unsigned)most);
     opt.max_clients = (uint32_t)most;

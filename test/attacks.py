@@ -57,6 +57,7 @@ What is tried, and where (FILE.CASE; without FILE it is in this one):
     31  a clock that jumps                             clock_jumps
     32  no descriptors, no memory                      faults.memory server.descriptors_run_out history.few_descriptors
                                                        server.one_address_takes_all_descriptors
+                                                       server.full_house_keeps_descriptors_for_files
     33  100,000 resets, accept() that fails, SIGPIPE   connect_and_reset accept_fails reset_while_being_written_to
                                                        server.harmless_signals
     34  a stop in the middle                           server.stopping server.second_signal

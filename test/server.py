@@ -203,6 +203,21 @@ def max_clients(s):
         client.fence()
 
 
+@case("--max-clients", "2", "--max-per-address", "3", "--admin", "127.0.0.1:0")
+def orders_in_a_full_house(s):
+    """Who is over a limit may not chat, but look at the figures, and kick somebody."""
+    ann, bob = join(s, "room", "Ann", "Bob")
+    check(upgrade_status(s)[0] == 503)
+    with contextlib.closing(Http(s, at="admin")) as full, contextlib.closing(Http(s, at="admin")) as refused:
+        for http in full, refused:
+            check((answer := http.ask("/metrics")).status == 200, answer)
+        kick = '{"client_id":"%s"}' % bob.id
+        full.send(get("/api/kick", f"Content-Length: {len(kick)}", method="POST") + kick.encode())
+        check((answer := full.answer()).status == 200, answer)
+    bob.expect_close(4001)
+    ann.expect("logout")
+
+
 @case("--max-per-address", "0", shell="ulimit -n 256")
 def max_clients_by_descriptors(s):
     """Of 256 descriptors 64 are kept: 192 clients come in, and one more is told to wait."""
@@ -877,6 +892,25 @@ def one_address_takes_all_descriptors():
             newcomer = Ws(s, source="127.0.0.2")
             newcomer.fence()
             newcomer.close()
+        for stream in held:
+            stream.close()
+
+
+@case()
+def full_house_keeps_descriptors_for_files():
+    """Those who are too many, and come all at once, take none of those that are kept for the history."""
+    with tempfile.TemporaryDirectory() as data, \
+            Server("--data", data, "--max-per-address", "0", shell="ulimit -n 256") as s:
+        ann = join(s, "room", "Ann")
+        held = [Stream(s) for _ in range(191)]
+        ann.fence()
+        s.signal(signal.SIGSTOP)
+        held += [socket.create_connection(s.address()[1]) for _ in range(300)]
+        ann.say("hello")
+        s.signal(signal.SIGCONT)
+        ann.expect("say", content="hello")
+        ann.login("Ann", "another room")
+        check("Too many open files" not in s.log(), s.log())
         for stream in held:
             stream.close()
 
