@@ -2120,10 +2120,16 @@ static void ws_end(struct conn *c) {
     buf_free(&ws->text);
 }
 
+/* May it be sent more? Only who does not take what is for it is too far behind: it may be all of this round. */
+static bool ws_takes(struct conn *c) {
+    if (c->out.len > opt.backlog) conn_flush(c);
+    if (c->out.len > opt.backlog) ws_close(c, WS_TRY_AGAIN, "more than --backlog unread");
+    return !c->closing;
+}
+
 /* Sends a text to this client alone. */
 static void ws_text(struct conn *c, slice text) {
-    if (c->out.len > opt.backlog) ws_close(c, WS_TRY_AGAIN, "more than --backlog unread");
-    if (!c->closing) ws_append(&c->out, WS_TEXT, text);
+    if (ws_takes(c)) ws_append(&c->out, WS_TEXT, text);
     conn_touch(c);
 }
 
@@ -4753,8 +4759,7 @@ static void client_tell(struct client *cl, slice text, bool raw) {
         if (m->replay == NULL) member_settle(m);
     }
     if (!raw) ws_text(c, text);
-    else if (c->out.len > opt.backlog) ws_close(c, WS_TRY_AGAIN, "more than --backlog unread");
-    else if (!c->closing) buf_add(&c->out, text), conn_touch(c);
+    else if (ws_takes(c)) buf_add(&c->out, text), conn_touch(c);
 }
 
 /* ---- Answers are written in chat.json. ---- */
@@ -5260,7 +5265,7 @@ static bool chat_whisper(struct client *cl) {
     buf_clear(&chat.text);
     json_text(chat.f[TO_CLIENT_ID].raw, &chat.text);
     struct client *to = client_find(buf_slice(&chat.text));
-    if (to == NULL || to->c->closing)
+    if (to == NULL || !ws_takes(to->c))
         return chat_error(cl, "no_such_client", "to_client_id: nobody of that id is here");
     if (!chat_field(cl, TO_CLIENT_NAME, &chat.name, 0) || !chat_field(cl, CONTENT, &chat.text, 0)) return false;
     memcpy(id, client_id(to).p, sizeof id);
@@ -5299,10 +5304,10 @@ static bool chat_announce(struct room *r, struct client *to, slice name, slice t
     bool inbox = r != NULL && slice_starts(room_key(r), S("users/"));
     chat.ref = S("");
     *id = '\0';
-    slice whom = to != NULL ? client_id(to) : inbox ? room_name(r) : S("all");
-    chat_write_say(&nobody, inbox ? "to_uid" : "to_client_id", whom, to != NULL || inbox ? says_to_you : S(""));
+    slice whom = r == NULL ? client_id(to) : inbox ? room_name(r) : S("all");
+    chat_write_say(&nobody, inbox ? "to_uid" : "to_client_id", whom, r == NULL || inbox ? says_to_you : S(""));
     client_clear(&nobody);
-    if (to != NULL) return client_tell(to, chat_end(), false), true;
+    if (r == NULL) return client_tell(to, chat_end(), false), true;
     chat_publish(r);
     if (!room_commit(r)) return false;
     history_newest(r->past, id);
@@ -6701,13 +6706,13 @@ static bool api_send(void) {
     if (api.raw.len > 0) {
         if (cl != NULL) client_tell(cl, api.raw, false);
         else room_publish(r, api.raw, NULL);
-        return api_done("sent", cl != NULL ? 1 : room_clients(r));
+        return api_done("sent", cl != NULL ? !cl->c->closing : room_clients(r));
     }
     slice name = api.given[A_NAME] ? api_value(A_NAME) : S("system");
     if (name.len > NAME_MAX_BYTES || !is_text(name, ' ', ' ')) return api_bad("name is no text of at most 64 bytes");
     if (!chat_announce(r, cl, name, api_value(A_MESSAGE), id))
         return api_fail(UNAVAILABLE, "storage", "the message could not be stored, and nobody got it");
-    if (cl != NULL) return api_done("sent", 1);
+    if (r == NULL) return api_done("sent", !cl->c->closing);   /* it may have been too slow for that */
     buf_printf(&api.json, "{\"ok\":true,\"id\":\"%s\"}", id);
     return api_reply("200 OK", "");
 }

@@ -695,6 +695,18 @@ def kick(s):
     check(answer.status == 404 or json.loads(answer.body) == {"ok": True, "kicked": 0}, answer)
 
 
+@api("--backlog", "65536", rows=[("text", "x" * 60000), ("an object", {"type": "x", "text": "x" * 60000})])
+def send_to_who_does_not_read(s, name, message):
+    """What ends a connection that is too far behind is not sent, and does not count as sent."""
+    mute, sent = Ws(s, rcvbuf=4096), [1]
+    mute.login("Mute", "1")
+    while sent[-1] == 1:
+        check(len(sent) < 1000, "60 MB were not too much for it")
+        sent.append(good(s, "send", client_id=mute.id, message=message)["sent"])
+    check(sent[-1] == 0, "sent:", sent[-1])
+    bad(s, 404, "no_such_client", "send", client_id=mute.id, message="x")
+
+
 @api("--backlog", "65536")
 def kick_who_does_not_read(s):
     """Who takes nothing is gone for the others at once, and for the server soon."""

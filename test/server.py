@@ -321,6 +321,17 @@ def backlog_up_to_its_value(name, private):
             mute.expect_nothing()
 
 
+@case("--backlog", "4096")
+def much_at_once(s):
+    """Who reads is not behind, however much came for it in one round."""
+    ann, bob = join(s, "room", "Ann", "Bob")
+    word = '{"type":"say","to_client_id":"%s","content":"%s"}' % (bob.id, "x" * 900)
+    ann.send(frame(TEXT, word) * 60)
+    for client in ann, bob:
+        for _ in range(60):
+            client.expect("say")
+
+
 @case("--backlog", "65536", "--rate", "0", around=Bystander)
 def backlog_of_private_words(s):
     """Whispers to one who does not read are bounded as well: 1013, and the sender hears that he is gone."""
@@ -328,13 +339,16 @@ def backlog_of_private_words(s):
     mute = Ws(s, rcvbuf=4096)
     mute.login("Mute", "elsewhere")
     word = frame(TEXT, '{"type":"say","to_client_id":"%s","content":"%s"}' % (mute.id, "x" * 60000))
+    heard = 0
     with s.memory_grows_at_most(12288):
-        for _ in range(400):
+        for said in range(400):
             ann.send(word)
             message = ann.message()
             if message["type"] == "error":
                 break
     check(message.get("code") == "no_such_client", str(message)[:200])
+    while heard < said:
+        heard += mute.message()["type"] == "say"   # each that was not refused
     mute.expect_close(1013, skip=True)
 
 
