@@ -2238,6 +2238,7 @@ static ssize_t ws_feed(struct conn *c, char *p, size_t n) {
  */
 
 enum { ID_BYTES = 25 };            /* 8 hex digits, '-', 16 hex digits */
+enum { UNREAD = -2 };              /* no position, but one that cannot be looked for now */
 
 struct history {
     uint64_t base, end;            /* positions of what is kept */
@@ -2667,7 +2668,7 @@ static void history_figures(struct buf *b) {
                histories.written, histories.failures);
 }
 
-/* The position in an id of a message here, or of one just in front of what is kept; or -1. */
+/* The position in an id of a message here, or of one just in front of what is kept; or -1, or UNREAD. */
 static int64_t history_position(struct history *h, slice id) {
     char again[ID_BYTES + 1];
     slice line;
@@ -2681,7 +2682,8 @@ static int64_t history_position(struct history *h, slice id) {
     if (!slice_eq(id, slice_of(again))) return -1;
     if ((uint64_t)at == h->newest) return epoch == h->newest_epoch ? at : -1;
     bool first = (uint64_t)at == h->base;   /* then the line behind must do, instead of its own */
-    if ((first && (uint64_t)at == h->end) || !history_line(h, (uint64_t)at, !first, &line)) return -1;
+    if (first && (uint64_t)at == h->end) return -1;
+    if (!history_line(h, (uint64_t)at, !first, &line)) return errno == ENOENT ? -1 : UNREAD;
     bool ours = history_ours(line, (uint64_t)at + (first ? line.len : 0));
     return ours && histories.seen == epoch ? at : -1;
 }
@@ -4881,8 +4883,9 @@ static bool chat_refill(struct conn *c) {
     return true;
 }
 
-/* Writes the newest `count` messages before a position, as one message without its end. */
-static void past_last(struct buf *json, const struct room *r, uint64_t before, int64_t count) {
+/* Writes the newest `count` messages before a position, as one message without its end. False:
+ * there are such messages, but none that can be read now. */
+static bool past_last(struct buf *json, const struct room *r, uint64_t before, int64_t count) {
     struct buf lines = {0};   /* the newest first, as they are found */
     size_t len[HISTORY_MAX], n = 0;
     slice line;
@@ -4897,33 +4900,38 @@ static void past_last(struct buf *json, const struct room *r, uint64_t before, i
         end -= len[n];
         past_add(json, slice_take(slice_cut(buf_slice(&lines), end), len[n]));
     }
-    past_end(json, more);
+    bool unread = !more && before > r->past->base, none = lines.len == 0;
+    past_end(json, more || unread);
     buf_free(&lines);
+    return !(unread && none);
 }
 
-/* Sends a client that, of its room. */
-static void chat_send_last(struct client *cl, uint64_t before, int64_t count, bool asked) {
+/* Sends a client that, of its room. What it asked for and cannot be read now is an error. */
+static bool chat_send_last(struct client *cl, uint64_t before, int64_t count, bool asked) {
     struct buf json = {0};
-    past_last(&json, cl->seat->room, before, count);
+    bool ok = past_last(&json, cl->seat->room, before, count);
     if (asked && chat.ref.len > 0) json_name(&json, "ref");
     if (asked) buf_add(&json, chat.ref);
     buf_addc(&json, '}');
-    ws_text(cl->c, buf_slice(&json));
+    if (ok || !asked) ws_text(cl->c, buf_slice(&json));
+    else chat_error(cl, "storage", "the history of this room cannot be read now");
     buf_free(&json);
+    return ok;
 }
 
-/* Where the message of this id begins in a room: an id stands behind its message. -1: there is none. */
+/* Where the message of this id begins in a room: an id stands behind its message. -1: there is none; or UNREAD. */
 static int64_t past_before(struct room *r, slice id) {
     int64_t at = history_position(r->past, id);
     uint64_t before = (uint64_t)at;
     slice line;
     if (at >= 0) history_before(r->past, &before, &line);
-    return at < 0 ? -1 : (int64_t)before;
+    return at < 0 ? at : (int64_t)before;
 }
 
-/* The position of the id in a field; -1 if it is none of this room. */
+/* The position of the id in a field; -1 if it is none of this room; or UNREAD, also without an id. */
 static int64_t past_position(const struct room *r, enum field field) {
     slice raw = chat.f[field].raw;
+    if (r->past->unknown) return UNREAD;
     return raw.p != NULL && *raw.p == '"' ? history_position(r->past, json_inside(raw)) : -1;
 }
 
@@ -4953,9 +4961,9 @@ static bool chat_history(struct client *cl) {
     struct room *r = cl->seat->room;
     room_commit(r);
     int64_t at = id.p == NULL ? (int64_t)r->past->end : *id.p == '"' ? past_before(r, json_inside(id)) : -1;
+    if (at == UNREAD) return chat_error(cl, "storage", "the history of this room cannot be read now");
     if (at < 0) return chat_error(cl, "bad_field", "before must be the id of a message of this room");
-    chat_send_last(cl, (uint64_t)at, count, true);
-    return true;
+    return chat_send_last(cl, (uint64_t)at, count, true);
 }
 
 /* `unsaid` of the rooms: tells the author of a message that it was not stored. */
@@ -5192,7 +5200,8 @@ static bool chat_login(struct client *cl) {
     if (why != NULL) return chat_error(cl, "unauthorized", "token: %s", why);
     struct room *r = room_open(S("rooms/"), room);
     if (r == NULL) return chat_error(cl, "limit", "there are already %u rooms (--max-rooms)", opt.max_rooms);
-    if (r->past->unknown) return chat_error(cl, "storage", "the history of this room cannot be read now");
+    if (past_position(r, SINCE) == UNREAD)
+        return chat_error(cl, "storage", "the history of this room cannot be read now");
     if (cl->seat != NULL && cl->seat->room != r) chat_leave(cl);
     if (cl->seat == NULL) cl->seat = room_member(r, cl->c);   /* the back end may have brought it there */
     if (cl->seat == NULL && room_count(cl->c) >= ROOMS_PER_CLIENT - 1)
@@ -6824,9 +6833,12 @@ static bool api_history(void) {
     room_commit(r);
     int64_t at = api.given[A_BEFORE] ? past_before(r, api_value(A_BEFORE)) : (int64_t)r->past->end;
     int64_t count = api.given[A_COUNT] ? slice_number(api_value(A_COUNT), 10) : 50;
-    if (at < 0) return api_bad("before must be the id of a message of this room");
+    if (at == -1) return api_bad("before must be the id of a message of this room");
     if (count < 1 || count > HISTORY_MAX) return api_bad("count must be a number from 1 to %d", HISTORY_MAX);
-    past_last(&api.json, r, (uint64_t)at, count);
+    if (at == UNREAD || !past_last(&api.json, r, (uint64_t)at, count)) {
+        buf_clear(&api.json);
+        return api_fail(UNAVAILABLE, "storage", "the history cannot be read now");
+    }
     buf_addc(&api.json, '}');
     return api_reply("200 OK", "");
 }

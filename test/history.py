@@ -27,8 +27,8 @@ import tempfile
 import threading
 import time
 
-from harness import (CLOSE, DEADLINE, SLOW, TEXT, TROUBLE, UPGRADE, WRAP, Faults, Server, Skip, Ws, case, check,
-                     expect_nothing, frame, get, join, main, new_room, run, until)
+from harness import (CLOSE, DEADLINE, SLOW, TEXT, TROUBLE, UPGRADE, WRAP, Faults, Http, Server, Skip, Ws, case,
+                     check, expect_nothing, frame, get, join, main, new_room, run, until)
 
 CRASH_ROUNDS = int(os.environ.get("CRASH_ROUNDS", "10"))
 HISTORY_MIB = int(os.environ.get("HISTORY_MIB", "32"))
@@ -1980,7 +1980,7 @@ def failing_write(name, number, spare):
 @case(rows=[("EMFILE", errno.EMFILE), ("EACCES", errno.EACCES), ("EIO", errno.EIO)])
 def cannot_open(name, number):
     """While files cannot be opened nobody gets into their room, and nothing happens to them."""
-    with faulty("--segment", "4096") as (s, d, faults):
+    with faulty("--segment", "4096", "--admin", "127.0.0.1:0") as (s, d, faults):
         said = fill(s, "room", 40)
         ann = Ws(s)
         faults.fail("open", number)
@@ -1994,9 +1994,19 @@ def cannot_open(name, number):
         faults.fail("open", number)   # in the room: one message is refused, and older ones cannot be read
         ann.say("lost", ref="lost")
         ann.expect_error("storage", ref="lost")
-        ann.send_json(type="history", count=20)
-        ann.expect("history")
+        ann.send_json(type="history", count=20, ref="r")
+        ann.expect_error("storage", "cannot be read now", ref="r")
+        ann.send_json(type="history", before=said[20]["id"], ref="before")
+        ann.expect_error("storage", "cannot be read now", ref="before")
+        for query in "count=20", f"before={said[20]['id']}":
+            answer = Http(s, at="admin").ask(f"/api/history?room=room&{query}")
+            check(answer.status == 503 and b"storage" in answer.body, answer.status, answer.body)
+        bob = Ws(s)
+        bob.send_json(type="login", client_name="Bob", room_id="room", since=said[20]["id"])
+        bob.expect_error("storage")
+        bob.close()
         faults.none()
+        same(page(ann, count=20)["messages"], said[-20:])
         said += talk(ann, 2)
         same(Entry(s, "room", history=200).messages, said)
         same(parsed(stored_lines(d, "room")), said)
