@@ -5140,6 +5140,7 @@ static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
     int64_t at = past_position(r, SINCE);
     struct member *inbox = cl->more->inbox;
     int64_t inbox_at = inbox != NULL ? past_position(inbox->room, INBOX_SINCE) : -1;
+    if (inbox != NULL) member_settle(inbox);   /* inbox_id counts that in */
     past_add_newest(r, SINCE, at, "id", "recovered");
     if (inbox != NULL) past_add_newest(inbox->room, INBOX_SINCE, inbox_at, "inbox_id", "inbox_recovered");
     json_name(&chat.json, "client_list");
@@ -5199,14 +5200,19 @@ static bool chat_login(struct client *cl) {
     const char *why = chat.n_secrets > 0 ? pass_check(json_get(chat.f[TOKEN].raw, &chat.html), room) : NULL;
     if (why != NULL) return chat_error(cl, "unauthorized", "token: %s", why);
     struct room *r = room_open(S("rooms/"), room);
-    if (r == NULL) return chat_error(cl, "limit", "there are already %u rooms (--max-rooms)", opt.max_rooms);
-    if (past_position(r, SINCE) == UNREAD)
-        return chat_error(cl, "storage", "the history of this room cannot be read now");
-    if (cl->seat != NULL && cl->seat->room != r) chat_leave(cl);
+    slice uid = chat.n_secrets > 0 ? buf_slice(&chat.uid) : client_uid(cl);
+    struct room *inbox = uid.len > 0 ? room_open(S("users/"), uid) : r;
+    if (r == NULL || inbox == NULL)
+        return chat_error(cl, "limit", "there are already %u rooms (--max-rooms)", opt.max_rooms);
+    if (past_position(r, SINCE) == UNREAD || past_position(inbox, INBOX_SINCE) == UNREAD)
+        return chat_error(cl, "storage", "the history of this room, or of your inbox, cannot be read now");
+    int most = cl->more->inbox != NULL ? ROOMS_PER_CLIENT : ROOMS_PER_CLIENT - 1;
+    if (room_member(r, cl->c) == NULL && room_count(cl->c) - (cl->seat != NULL) >= (size_t)most)
+        return chat_error(cl, "limit", "you are in %d rooms already", most);
+    struct room *left = cl->seat != NULL && cl->seat->room != r ? cl->seat->room : NULL;
+    if (left != NULL) chat_leave(cl), room_flush(left);   /* who is in both rooms is told this first */
     if (cl->seat == NULL) cl->seat = room_member(r, cl->c);   /* the back end may have brought it there */
-    if (cl->seat == NULL && room_count(cl->c) >= ROOMS_PER_CLIENT - 1)
-        return chat_error(cl, "limit", "you are in %d rooms already", ROOMS_PER_CLIENT - 1);
-    client_identify(cl, chat.n_secrets > 0 ? buf_slice(&chat.uid) : client_uid(cl));
+    client_identify(cl, uid);
     buf_clear(&chat.html);
     html_escape(&chat.html, buf_slice(&chat.name), false);
     client_rename(cl, buf_slice(&chat.html));
@@ -6022,7 +6028,8 @@ static void session_set(struct client *cl, slice session) {
     struct php room = session_value(pairs, S("s:7:\"room_id\";"));
     bool good = name.len > 0 && name.len <= (size_t)6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
     struct room *r = good ? group_open(room.text) : NULL;
-    cl->seat = r != NULL ? client_join(cl, r, 0) : NULL;
+    size_t kept = cl->more->inbox == NULL;   /* a place for that, as at a login */
+    cl->seat = r != NULL ? client_join(cl, r, kept) : NULL;
     cl->number_room = room.type == 'i';
     if (cl->seat != NULL) client_rename(cl, name);
     session_keep(cl, session);

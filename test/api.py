@@ -660,6 +660,23 @@ def too_many_groups(s):
     ann.expect_nothing()
 
 
+@api()
+def full_and_on_the_move(s):
+    """Who is in 62 groups has a place for a room, and one for an inbox, and may go to another room."""
+    ann = Ws(s)
+    ann.fence()
+    id, = listed(s)
+    for i in range(62):
+        good(s, "join", client_id=id, room=f"g{i}")
+    ann.login("Ann", "1")
+    good(s, "bind", client_id=id, uid="ann")
+    for room in "2", "1":
+        ann.login("Ann", room)
+        check(listed(s)[id]["room"] == room, listed(s))
+    good(s, "send", uid="ann", message="still here")
+    said(ann.message(), TO_YOU + "still here", "ann")
+
+
 @api("--max-rooms", "3")
 def too_many_rooms(s):
     """--max-rooms holds for the API too, and is told."""

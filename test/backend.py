@@ -968,6 +968,25 @@ def in_a_room_before_login(s):
 
 
 @gateway()
+def moves_between_ones_rooms(s):
+    """Who is in both rooms hears first that somebody has left the one, then that he is in the other."""
+    inner, watchers = Inner(s), join(s, "watchers", "Ann", "Bob")
+    for client, rooms in zip(watchers, (("1", "2"), ("2", "1"))):
+        for room in rooms:
+            inner.tell(JOIN_GROUP, client, room)
+    inner.fence()
+    carl = Ws(s)
+    carl.login("Carl", "1")
+    for client in watchers:
+        client.expect("login", client_id=carl.id)
+    for room in "2", "1":
+        carl.login("Carl", room)
+        for client in watchers:
+            client.expect("logout", from_client_id=carl.id)
+            client.expect("login", client_id=carl.id)
+
+
+@gateway()
 def taken_out_of_ones_room(s):
     """The others hear that it has gone: then, and not again when it goes."""
     ann, bob, inner = *join(s, "room", "Ann", "Bob"), Inner(s)
@@ -1009,10 +1028,17 @@ def login_when_in_many_rooms(s):
     full, conn = stranger(s, inner)
     for i in range(70):   # it speaks in one after the other, and stays in each
         inner.tell(SET_SESSION, conn, php({"room_id": f"r{i}", "client_name": "Bob"}))
-    check(inner.ask(COUNT_BY_GROUP, ext="r63") == "i:1;" and inner.ask(COUNT_BY_GROUP, ext="r64") == "i:0;", "in 64 rooms")
+    check(inner.ask(COUNT_BY_GROUP, ext="r62") == "i:1;" and inner.ask(COUNT_BY_GROUP, ext="r63") == "i:0;", "in 63 rooms")
     full.send_json(type="login", client_name="Bob", room_id="new", ref="2")
     full.expect_error("limit", "63 rooms", ref="2")
     check(inner.ask(COUNT_BY_GROUP, ext="new") == "i:0;", "it is in one more")
+    seated, conn = stranger(s, inner)
+    for i in range(63):
+        inner.tell(SET_SESSION, conn, php({"room_id": f"r{i}", "client_name": "Eve"}))
+    inner.fence()
+    seated.login("Eve", "new")   # in place of the one it speaks in
+    seated.say("moved")
+    seated.expect("say", content="moved")
 
 
 @gateway()
@@ -1141,6 +1167,21 @@ def groups_have_an_end(s):
     check(inner.look("groups") == php({number(ann): {"groups": dict(zip(keys, names))}}), inner.look("groups"))
     counts = inner.ask(BATCH_COUNT, ext=json.dumps(names))
     check(counts == php({k: 1 for k in keys}), counts)
+
+
+@gateway()
+def sessions_leave_a_place(s):
+    """Who enters one room after the other by its session can still be made a user, who has an inbox."""
+    inner = Inner(s)
+    ann, a = stranger(s, inner)
+    for i in range(62):
+        inner.tell(JOIN_GROUP, a, f"g{i}")
+    for i in range(3):
+        inner.tell(SET_SESSION, a, php({"room_id": f"room {i}", "client_name": "Ann"}))
+    inner.tell(BIND_UID, a, "ann")
+    check(inner.ask(IDS_BY_UID, ext="ann") == php([a]), "she has no inbox", inner.look("uid"))
+    inner.tell(SEND_TO_UID, ext='["ann"]', body='{"type": "hello"}')
+    ann.expect("hello")
 
 
 @gateway()

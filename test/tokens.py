@@ -15,7 +15,7 @@ import signal
 import tempfile
 import time
 
-from harness import Server, Ws, case, check, expect_nothing, main, new_room, run, until
+from harness import TEXT, Server, Ws, case, check, expect_nothing, frame, main, new_room, run, until
 
 SECRET = "correct horse battery staple"
 OTHER = "another secret, not the same"
@@ -105,6 +105,46 @@ def letters_wait():
         check(len(messages) == 1 and messages[0]["content"].endswith("one"), messages)
         eve.fence()
         check(not any("one" in json.dumps(m) for m in eve.early), "another user got the letter:", eve.early)
+
+
+@case()
+def inbox_that_cannot_be_read():
+    """Who cannot get into the own inbox now is told so, and gets in nowhere: letters would not be heard."""
+    with tempfile.TemporaryDirectory() as d, guarded("--data", d) as s:
+        ann, bob, path = Ws(s), Ws(s), os.path.join(d, "users", "bob")
+        ann.login("Ann", "room", token=token("ann"))
+        write(path, "no directory")
+        bob.send_json(type="login", client_name="Bob", room_id="room", token=token("bob"))
+        bob.expect_error("storage")
+        expect_nothing(ann)
+        os.unlink(path)
+        check("inbox_id" in bob.login("Bob", "room", token=token("bob")), "no inbox")
+
+
+@case()
+def no_room_left_for_the_inbox():
+    """An inbox counts for --max-rooms. Who cannot get into the own one is told so, and gets in nowhere."""
+    with guarded("--max-rooms", "2") as s:
+        ann, bob = Ws(s), Ws(s)
+        check("inbox_id" in ann.login("Ann", "room", token=token("ann")), "no inbox")
+        bob.send_json(type="login", client_name="Bob", room_id="room", token=token("bob"), ref="1")
+        bob.expect_error("limit", "rooms", ref="1")
+        expect_nothing(ann)
+        check("inbox_id" in bob.login("Ann", "room", token=token("ann")), "no inbox for her other device")
+
+
+@case()
+def letters_before_their_id():
+    """What `inbox_id` counts in has been sent before: who comes back with it as `inbox_since` has missed nothing."""
+    with guarded() as s:
+        ann = Ws(s)
+        ann.login("Ann", "room", token=token("ann"))
+        login = {"type": "login", "client_name": "Ann", "room_id": "other", "token": token("ann")}
+        letter = {"type": "say", "to_uid": "ann", "to_client_name": "Ann", "content": "note to self"}
+        ann.send(b"".join(frame(TEXT, json.dumps(message)) for message in (letter, login)))
+        answers = [ann.message() for _ in range(3)]
+        check([m["type"] for m in answers] == ["say", "say", "login"], answers)
+        check({m.get("id", m.get("inbox_id")) for m in answers[:2]} == {answers[2]["inbox_id"]}, answers)
 
 
 NOW = int(time.time())
