@@ -441,7 +441,7 @@ static bool utf8_valid(slice s) {
  *
  * Strings are decoded when somebody wants their text, into a buffer of the caller.
  *
- * Owns: nothing. Calls: 1 Bytes. Called by: 6 History, 8 Push, 9 Chat, 10 Back end, 11 HTTP API.
+ * Owns: nothing. Calls: 1 Bytes. Called by: 6 History, 7 Rooms, 8 Push, 9 Chat, 10 Back end, 11 HTTP API.
  * Promises: never reads outside the text, never recurses.
  */
 
@@ -2779,7 +2779,7 @@ static void history_init(const char *dir) {
  * of a user is a room too, in which all connections of the user are, and nobody else.
  *
  * Owns: the rooms, their logs, who is in which.
- * Calls: 1 Bytes, 3 Tables, 4 The loop, 5 HTTP and WebSocket, 6 History.
+ * Calls: 1 Bytes, 2 JSON, 3 Tables, 4 The loop, 5 HTTP and WebSocket, 6 History.
  * Called by: 9 Chat, 10 Back end, 11 HTTP API, 12 Page, 13 Main.
  * Promises: all members of a room see the same messages in the same order.
  */
@@ -2934,11 +2934,21 @@ static void room_say(struct room *r, slice text, char *id) {
     room_touch(r);
 }
 
-/* Puts what is unread into the client's own queue. Who is still being sent the past will
- * find it there; who is closing gets nothing, since there may be a gap in front of it. */
+/* Is what this frame of a log says remembered? */
+static bool frame_kept(slice frame) {
+    struct json_field id = {.name = "id"};
+    size_t at;
+    return json_pick(slice_cut(frame, 2 + ws_more(frame.p)), &id, 1, &at) == NULL && id.raw.len == ID_BYTES + 2;
+}
+
+/* Puts what is unread into the client's own queue. Who is still being sent the past will find there
+ * what is remembered; who is closing gets nothing, since there may be a gap in front of it. */
 static void member_settle(struct member *m) {
+    for (slice rest = member_unread(m), frame; rest.len > 0 && !m->c->closing; rest = slice_cut(rest, frame.len)) {
+        frame = slice_take(rest, m->replay == NULL ? rest.len : ws_frame_size(rest.p));
+        if (m->replay == NULL || !frame_kept(frame)) buf_add(&m->c->out, frame);
+    }
     if (m->replay != NULL) m->replay->upto = m->room->past->end;
-    else if (!m->c->closing) buf_add(&m->c->out, member_unread(m));
     m->cursor = m->room->end;
     conn_touch(m->c);
 }
@@ -3031,7 +3041,8 @@ static void member_replay(struct member *m, uint64_t at, bool any) {
 }
 
 /* Takes a client out of a room, and frees its place. What was said before is still
- * sent to it, unless its connection is closing, or it was still in the past. */
+ * sent to it, unless its connection is closing, or it was still in the past: then only what is
+ * not remembered is. */
 static void room_leave(struct member *m) {
     struct room *r = m->room;
     struct member **at = &m->c->joined;
@@ -4753,12 +4764,13 @@ static struct member *client_join(struct client *cl, struct room *r, size_t kept
     return m;
 }
 
-/* Says a text to a client, or `raw` bytes, behind all that it was sent in rooms. */
+/* Says a text to a client, or `raw` bytes, behind all that it was sent in rooms; if it is still in the
+ * past, behind what is not remembered of that. */
 static void client_tell(struct client *cl, slice text, bool raw) {
     struct conn *c = cl->c;
     for (struct member *m = c->joined; m != NULL; m = m->also) {
         room_commit(m->room);
-        if (m->replay == NULL) member_settle(m);
+        member_settle(m);
     }
     if (!raw) ws_text(c, text);
     else if (ws_takes(c)) buf_add(&c->out, text), conn_touch(c);

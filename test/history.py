@@ -863,6 +863,60 @@ def no_gap_before_the_end_of_a_replay(s, d, name, last_words):
           "only that up to", ids[-len(live) - 1])
 
 
+def call(s, path, **fields):
+    """A POST to the HTTP API."""
+    http, body = Http(s, "admin"), json.dumps(fields).encode()
+    http.send(get(f"/api/{path}", f"Content-Length: {len(body)}", method="POST") + body)
+    check(http.answer().status == 200, path, fields)
+
+
+@stored("--admin", "127.0.0.1:0", rows=[
+    ("other name", "room", {"client_name": "Eva"}),
+    ("other room", "room", {"room_id": "other"}),
+    ("other name, long inbox", "uid", {"client_name": "Eva"}),
+    ("other room, long inbox", "uid", {"room_id": "other"}),
+])
+def no_order_is_lost_in_a_replay(s, d, name, where, again):
+    """What a site sends to those who are there, and is not kept, reaches one who is still sent the past,
+    whatever he does meanwhile."""
+    room = new_room()
+    first, _ = lay_bulk(d, room, 4 << 20)
+    ann, eve, asked = join(s, room, "Ann"), Ws(s, rcvbuf=4096), {"since": first}
+    if where == "uid":
+        os.rename(room_path(d, room), os.path.join(d, "users", room.replace(" ", "%20")))
+        eve.login("Eve", room)
+        ann.expect("login")
+        call(s, "bind", client_id=eve.id, uid=room)
+        asked = {"inbox_since": first}
+    login = {"type": "login", "client_name": "Eve", "room_id": room}
+    eve.send_json({**login, **asked})
+    ann.expect("login")
+    call(s, "send", message={"type": "order"}, **{where: room})
+    eve.send_json({**login, **again})
+    eve.say("end")
+    heard = []
+    while heard[-1:] != ["end"]:
+        message = eve.message()
+        heard.append(message.get("content", message["type"]))
+    check(heard.count("order") == 1, "the order was heard", heard.count("order"), "times")
+
+
+@stored("--admin", "127.0.0.1:0")
+def orders_in_a_replay(s, d):
+    """What a site sends to a room and then to one client is heard in this order, also during a replay."""
+    first, _ = lay_bulk(d, "room", 4 << 20)
+    eve = Ws(s, rcvbuf=4096)
+    eve.login("Eve", "room", since=first)
+    for n in range(0, 10, 2):
+        call(s, "send", message={"type": "order", "n": n}, room="room")
+        call(s, "send", message={"type": "order", "n": n + 1}, client_id=eve.id)
+    heard = []
+    while len(heard) < 10:
+        message = eve.message()
+        heard += [message["n"]] if message["type"] == "order" else []
+    check(heard == list(range(10)), heard)
+
+
 @stored("--retain", str(8 << 20), "--backlog", str(64 << 20))
 def history_goes_while_it_is_replayed(s, d):
     """Retention takes files that a slow reader still needs: he may lose the connection, but never a
