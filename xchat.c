@@ -5405,7 +5405,7 @@ static void chat_message(struct conn *c, slice text) {
 static void chat_tick(struct conn *c) {
     struct client *cl = c->state;
     if (now.ms < c->deadline_ms) return;
-    c->deadline_ms += (int64_t)opt.ping_s * 1000;
+    c->deadline_ms = now.ms + (int64_t)opt.ping_s * 1000;   /* also when we stood still */
     if (++cl->silences == 3) {
         ws_close(c, WS_SILENT, "silent for too long");
         return;
@@ -5414,12 +5414,15 @@ static void chat_tick(struct conn *c) {
     ws_text(c, S("{\"type\":\"ping\"}"));
 }
 
-/* `feed` of the chat. Whatever comes is a sign of life. */
+/* `feed` of the chat. Whatever comes is a sign of life; what was kept, and no more, is none. */
 static ssize_t chat_feed(struct conn *c, char *p, size_t n) {
+    if (n == c->searched) return 0;
     ((struct client *)c->state)->silences = 0;
     c->deadline_ms = now.ms + (int64_t)opt.ping_s * 1000;
     for (struct member *m = c->joined; m != NULL; m = m->also) m->heard = (uint32_t)m->room->past->end;
-    return ws_feed(c, p, n);
+    ssize_t used = ws_feed(c, p, n);
+    c->searched = used == 0 ? (uint32_t)n : 0;
+    return used;
 }
 
 /* The phone of a client is gone: what it was not sent is pushed, and if it went without a

@@ -54,7 +54,7 @@ What is tried, and where (FILE.CASE; without FILE it is in this one):
                                                        history.changed_while_running history.crash_test
     30  damaged files, huge ones, two servers on one   history.damage_in_the_middle history.bad_tail
                                                        history.file_over_2_gib history.two_servers
-    31  a clock that jumps                             clock_jumps
+    31  a clock that jumps                             clock_jumps stands_still
     32  no descriptors, no memory                      faults.memory server.descriptors_run_out history.few_descriptors
                                                        server.one_address_takes_all_descriptors
                                                        server.full_house_keeps_descriptors_for_files
@@ -1226,6 +1226,17 @@ def clock_jumps():
         took = time.monotonic() - begin
         check(1.5 < took < 5 * SLOW, f"he was silent for {took:.1f} s")
         join(s, "room 2", "Carl").fence()
+
+
+@case()
+def stands_still():
+    """After a pause of the whole server (a machine that is moved) who has answered nothing is asked, and has time."""
+    with faulty("--ping", "25") as (s, faults):
+        ann, mute = join(s, "room", "Ann"), join(s, "elsewhere", "Mute")
+        for later in 1000, 1002, 1004, 1006:   # each is a second that has passed for the server, at least
+            faults.later = later
+            ann.fence()
+        mute.expect_nothing()
 
 
 @case(rows=[("aborted", errno.ECONNABORTED, 1000), ("forbidden", errno.EPERM, 1000), ("interrupted", errno.EINTR, 1000),
