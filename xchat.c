@@ -3148,7 +3148,7 @@ struct audience {                     /* the phones of a room */
     struct subscription *first;
     struct buf key;                   /* as the room's */
     struct buf title, body, uid;      /* what was said last, by whom... */
-    char id[ID_BYTES + 1];            /* ...and its id; "": nothing since we started */
+    char id[ID_BYTES + 1];            /* ...and its id; "": not known */
     size_t fits;                      /* so much of the body fits into a push */
 };
 
@@ -3157,6 +3157,7 @@ struct subscription {
     struct audience *audience;
     struct subscription *next, *also; /* of the same room; of the same phone */
     struct push *waiting;             /* to be sent, until when more is merged into it; or NULL */
+    uint64_t seen;                    /* so far in the history its connections got that have ended beside others */
 };
 
 struct push {
@@ -3474,8 +3475,10 @@ static struct subscription *device_join(struct device *d, slice room) {
 static struct device *push_online(slice token, slice uid) {
     struct device *d = opt.apns != NULL ? device_hold(token, uid) : NULL;
     if (d == NULL) return NULL;
-    for (struct subscription *s = d->first; s != NULL; s = s->also)
+    for (struct subscription *s = d->first; s != NULL; s = s->also) {
         if (s->waiting != NULL) push_free(queue_take(s->waiting));
+        if (d->online == 1) s->seen = 0;
+    }
     d->registered_ms = wall_ms();
     d->unread = 0;
     return d;
@@ -3577,12 +3580,11 @@ static void push_tell(struct subscription *s, uint32_t n) {
     s->waiting->tries = 0;
 }
 
-/* `said` of the rooms. */
-static void push_said(slice key, slice line) {
+/* This was said last. False: it cannot be read. */
+static bool push_keep(struct audience *a, slice line) {
     struct json_field f[] = {{.name = "from_client_name"}, {.name = "content"}, {.name = "from_uid"}, {.name = "id"}};
-    struct audience *a = table_find(&push.audiences, key);
     size_t where;
-    if (a == NULL || json_pick(line, f, 4, &where) != NULL || f[3].raw.p == NULL) return;
+    if (json_pick(line, f, 4, &where) != NULL || f[3].raw.p == NULL) return false;
     buf_clear(&a->title), buf_clear(&a->body);
     html_text(&a->title, json_get(f[0].raw, &push.text));
     slice content = json_get(f[1].raw, &push.text);
@@ -3592,6 +3594,13 @@ static void push_said(slice key, slice line) {
     json_get(f[2].raw, &a->uid);
     memcpy(a->id, f[3].raw.p + 1, ID_BYTES);
     a->fits = a->body.len;
+    return true;
+}
+
+/* `said` of the rooms. */
+static void push_said(slice key, slice line) {
+    struct audience *a = table_find(&push.audiences, key);
+    if (a == NULL || !push_keep(a, line)) return;
     for (struct subscription *s = a->first; s != NULL; s = s->next)
         if (s->device->online == 0 && !push_own(s->device, a)) push_tell(s, 1);
 }
@@ -3636,8 +3645,9 @@ static uint32_t push_show(slice token, slice uid, slice room, slice text) {
     return n;
 }
 
-/* The last connection of a phone is ending, and what came behind this position in a
- * room may not have reached it; its own words, those of the client `self`, did. */
+/* A connection of a phone is ending, and what came behind this position in a room may not have
+ * reached it; its own words, those of the client `self`, did. If it is the last one, and none that
+ * ended before it got that (when the network changes the old one stays for a while), it is told. */
 static void push_missed(struct device *d, struct history *h, uint64_t since, slice self) {
     struct subscription *s = device_in(d, table_find(&push.audiences, history_key(h)));
     struct json_field f[] = {{.name = "from_client_id"}, {.name = "from_uid"}};
@@ -3645,8 +3655,11 @@ static void push_missed(struct device *d, struct history *h, uint64_t since, sli
     uint32_t n = 0;
     size_t where;
     slice line;
-    if (s == NULL || d->online != 1) return;
+    if (s == NULL) return;
+    since = s->seen = since > s->seen ? since : s->seen;
+    if (d->online != 1) return;
     for (int i = 0; i < MISSED_MAX && at > since && history_before(h, &at, &line) && at >= since; i++) {
+        if (*s->audience->id == '\0' && !push_keep(s->audience, line)) continue;   /* nobody was told of it */
         f[0].raw = f[1].raw = S("  ");
         bool ok = json_pick(line, f, 2, &where) == NULL && !slice_eq(json_inside(f[0].raw), self);
         if (ok && !(d->uid.len > 0 && slice_eq(json_inside(f[1].raw), buf_slice(&d->uid)))) n++;

@@ -451,6 +451,40 @@ def hangs_up(gateway, s, name):
     check(text_and_badge(push) == ("secret 2", 1), push["body"])
 
 
+@pushing("--ping", "1", rows=[("all of it", {}), ("not the last", {})])
+def old_connection(gateway, s, name):
+    """A phone comes back by another network, reads what was said, and goes; the old connection is found to be dead only
+    then: what was read meanwhile is not pushed, but what was said since is."""
+    b, old, new = token(), Ws(s, answer_pings=False), Ws(s)
+    since = old.login("Bob", "room", device_token=b)["id"]
+    tell(s, "secret 1")
+    new.login("Bob", "room", device_token=b, since=since)
+    new.expect("history")
+    leave(new)
+    if name == "not the last":
+        tell(s, "secret 2")
+        push, = gateway.pushes(b, 1, SOON + 4 * SLOW)
+        return check(text_and_badge(push) == ("secret 2", 1), push["body"])
+    old.expect_close(4408, skip=True)
+    tell(s, "secret 3")
+    push, = gateway.pushes(b, 1)
+    check(text_and_badge(push) == ("secret 3", 1), push["body"])
+
+
+@case()
+def cut_off_while_it_catches_up():
+    """A phone comes to what was said before anybody had one, and its connection breaks while it is sent that: what it
+    did not get is pushed, with the text that was said last."""
+    with directory() as d, Gateway() as gateway, Xchat(gateway, "--data", d) as s:
+        b, bob = token(), Ws(s, answer_pings=False, rcvbuf=4096)
+        first, *_ = tell(s, *["secret" + "x" * 60000] * 150, "secret 1")   # 9 MB: more than sockets take
+        bob.send_json(type="login", client_name="Bob", room_id="room", device_token=b, since=first)
+        tell(s, "secret", room="other")
+        bob.reset()
+        push, = gateway.pushes(b, 1)
+        check(text_and_badge(push) == ("secret 1", 50), push["body"])
+
+
 # ---------------------------------------------------------------------------
 # What is sent
 # ---------------------------------------------------------------------------
