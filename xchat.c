@@ -1716,6 +1716,7 @@ struct ws {
     struct utf8 utf8;
     uint8_t opcode : 4;
     bool fin : 1, peer_closed : 1;
+    bool behind : 1;         /* too far: what it was not sent is not kept for it any longer */
     uint16_t fragments;      /* of the current message; 0: there is none */
     uint16_t close_code;     /* to close with; 0: nobody said */
 };
@@ -2100,7 +2101,9 @@ static size_t ws_frame_size(const char *p) { return 2 + ws_more(p) + (size_t)ws_
 
 /* Ends a connection with a close frame: -1. `why` is a literal, for the log and the peer. */
 static int ws_close(struct conn *c, uint16_t code, const char *why) {
-    if (!c->closing) ((struct ws *)c->state)->close_code = code;
+    struct ws *ws = c->state;
+    if (!c->closing) ws->close_code = code;
+    if (code == WS_TRY_AGAIN) ws->behind = true;
     conn_close(c, why);
     return -1;
 }
@@ -2800,7 +2803,7 @@ struct member {
     struct conn *c;
     struct room *room;
     uint32_t cursor;              /* sent up to here, on the scale of room->end */
-    uint32_t heard;               /* where the history ended, modulo 2^32, when its client was last heard */
+    uint32_t heard;               /* where the history ended, modulo 2^32, when its client, up to date, was heard */
     struct replay {
         uint64_t at, upto;
     } *replay;                    /* or NULL: what it is sent first, in the room's history */
@@ -4781,6 +4784,7 @@ static struct member *client_join(struct client *cl, struct room *r, size_t kept
  * past, behind what is not remembered of that. */
 static void client_tell(struct client *cl, slice text, bool raw) {
     struct conn *c = cl->c;
+    if (c->closing) return;   /* what it has not read is for its phone */
     for (struct member *m = c->joined; m != NULL; m = m->also) {
         room_commit(m->room);
         member_settle(m);
@@ -5432,20 +5436,31 @@ static ssize_t chat_feed(struct conn *c, char *p, size_t n) {
     if (n == c->searched) return 0;
     ((struct client *)c->state)->silences = 0;
     c->deadline_ms = now.ms + (int64_t)opt.ping_s * 1000;
-    for (struct member *m = c->joined; m != NULL; m = m->also) m->heard = (uint32_t)m->room->past->end;
+    for (struct member *m = c->out.len == 0 ? c->joined : NULL; m != NULL; m = m->also)
+        if (m->replay == NULL && m->cursor == m->room->end) m->heard = (uint32_t)m->room->past->end;
     ssize_t used = ws_feed(c, p, n);
     c->searched = used == 0 ? (uint32_t)n : 0;
     return used;
 }
 
-/* The phone of a client is gone: what it was not sent is pushed, and if it went without a
- * word, also all since it was last heard. */
+/* How long are the messages to be remembered, as lines, that this member was not sent. */
+static uint32_t chat_unsent(const struct member *m) {
+    uint32_t n = 0;
+    for (slice rest = member_unread(m), frame; rest.len > 0; rest = slice_cut(rest, frame.len)) {
+        frame = slice_take(rest, ws_frame_size(rest.p));
+        if (frame_kept(frame)) n += (uint32_t)ws_length(frame.p) + 1;
+    }
+    return n;
+}
+
+/* The phone of a client is gone: what it was not sent is pushed (what came in the round in which
+ * it went, say), and if it went without a word, also all since it was last heard. */
 static void chat_absent(struct client *cl) {
-    uint16_t code = cl->ws.close_code;
-    bool silent = cl->c->lost || cl->c->blocked || code == WS_SILENT || code == WS_TRY_AGAIN;
+    bool silent = cl->c->lost || cl->c->blocked || cl->silences > 0 || cl->ws.behind;
     for (struct member *m = cl->c->joined; m != NULL; m = m->also) {
         struct history *past = m->room->past;
-        uint64_t since = past->end - (silent ? (uint32_t)past->end - m->heard : 0);
+        uint32_t unheard = (uint32_t)past->end - m->heard, unsent = silent ? unheard : chat_unsent(m);
+        uint64_t since = past->end - (unsent < unheard ? unsent : unheard);
         if (m->replay != NULL && m->replay->at < since) since = m->replay->at;
         room_commit(m->room);
         push_missed(cl->more->phone, past, since, client_id(cl));
@@ -6319,7 +6334,8 @@ static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b
     switch (p->cmd) {
     case SEND_TO_ALL: case SEND_TO_UID: case SEND_TO_GROUP: gateway_send(p); return false;
     case UNGROUP:
-        while (r != NULL && r->first != NULL) gateway_leave(r->first->c->state, r->first);
+        set_add_room(all, S("rooms/"), p->ext);   /* who is going stays: its phone is told the rest */
+        for (size_t i = 0; i < all->n; i++) gateway_leave(all->client[i], room_member(r, all->client[i]->c));
         return false;
     case GET_ALL_CLIENT_SESSIONS: case GET_CLIENT_ID_BY_UID: case GET_CLIENT_SESSIONS_BY_GROUP: case SELECT:
         reply_clients(b, p);

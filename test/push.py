@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import time
 
 from harness import (CERTIFICATE, DEADLINE, ROOT, SLOW, TEXT, UPGRADE, WRAP, Http, Server, Skip, Ws, case, check,
                      close_frame, each_row, environment, frame, get, main, run, until)
+from inner import BIND_UID, JOIN_GROUP, LEAVE_GROUP, SEND_TO_GROUP, UNBIND_UID, UNGROUP, Inner
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KEY = os.path.join(HERE, "apns.p8")
@@ -471,6 +473,19 @@ def old_connection(gateway, s, name):
     check(text_and_badge(push) == ("secret 3", 1), push["body"])
 
 
+@pushing("--backlog", "67108864")
+def slow_reader(gateway, s):
+    """Who still speaks, but does not read, has not heard what waits for it: that is pushed when the connection ends."""
+    b, bob = token(), Ws(s, answer_pings=False, rcvbuf=4096)
+    bob.login("Bob", "room", device_token=b)
+    tell(s, *["secret" + "x" * 60000] * 150, "secret 1")   # 9 MB: more than sockets take
+    bob.send(frame(TEXT, '{"type":"pong"}'))
+    tell(s, "secret", room="other")
+    bob.reset()
+    push, = gateway.pushes(b, 1)
+    check(text_and_badge(push)[0] == "secret 1", push["body"])
+
+
 @case()
 def cut_off_while_it_catches_up():
     """A phone comes to what was said before anybody had one, and its connection breaks while it is sent that: what it
@@ -483,6 +498,71 @@ def cut_off_while_it_catches_up():
         bob.reset()
         push, = gateway.pushes(b, 1)
         check(text_and_badge(push) == ("secret 1", 50), push["body"])
+
+
+@pushing(rows=[("behind", {}), ("in front", {})])
+def said_at_the_same_time(gateway, s, name):
+    """What is said in the very round in which a phone says goodbye is not sent to it any more, so it is pushed."""
+    b, bob, ann, carl = token(), Ws(s), Ws(s), Ws(s)
+    bob.login("Bob", "room", device_token=b)
+    for client, who in (ann, "Ann"), (carl, "Carl"):
+        client.login(who, "room")
+        bob.expect("login", client_name=who)
+    ann.say("secret 1")
+    bob.expect("say", content="secret 1")
+    acts = [lambda: bob.send(close_frame(1000)), lambda: ann.say("secret 2"), lambda: carl.send(close_frame(1000)),
+            lambda: ann.send_json(type="login", client_name="Ann", room_id="room"), lambda: ann.say("secret 3")]
+    s.signal(signal.SIGSTOP)   # all that comes meanwhile is one round
+    for act in acts[::1 if name == "behind" else -1]:
+        act()
+    s.signal(signal.SIGCONT)
+    push, = gateway.pushes(b, 1)
+    check(text_and_badge(push) == (f"secret {3 if name == 'behind' else 2}", 2), push["body"])
+
+
+@pushing("--gateway", "127.0.0.1:0")
+def ordered_at_the_same_time(gateway, s):
+    """In that round a back end sends something to some of the room: what the phone was not sent is pushed all the same."""
+    b, ann, bob, inner = token(), Ws(s), Ws(s), Inner(s)
+    ann.login("Ann", "room")
+    bob.login("Bob", "room", device_token=b)
+    s.signal(signal.SIGSTOP)
+    ann.say("secret")
+    bob.send(close_frame(1000))
+    inner.tell(SEND_TO_GROUP, ext=json.dumps({"group": ["room"], "exclude": {"1": int(ann.id[12:], 16)}}), body="{}")
+    s.signal(signal.SIGCONT)
+    push, = gateway.pushes(b, 1)
+    check(text_and_badge(push) == ("secret", 1), push["body"])
+
+
+@pushing("--gateway", "127.0.0.1:0")
+def room_ended_at_the_same_time(gateway, s):
+    """In that round a back end ends the room: what was said before that, and was not sent to the phone, is pushed."""
+    b, ann, bob, inner = token(), Ws(s), Ws(s), Inner(s)
+    ann.login("Ann", "room")
+    bob.login("Bob", "room", device_token=b)
+    s.signal(signal.SIGSTOP)
+    bob.send(close_frame(1000))
+    ann.say("secret")
+    inner.tell(UNGROUP, ext="room")
+    s.signal(signal.SIGCONT)
+    push, = gateway.pushes(b, 1)
+    check(text_and_badge(push) == ("secret", 1), push["body"])
+
+
+@pushing("--backlog", "4096")
+def much_at_the_same_time(gateway, s):
+    """In that round more is said than --backlog: the phone is told of all of it."""
+    b, bob, ann = token(), Ws(s), Ws(s)   # so that he is heard first, by the portable loop, too
+    ann.login("Ann", "room")
+    bob.login("Bob", "room", device_token=b)
+    s.signal(signal.SIGSTOP)
+    bob.send(close_frame(1000))
+    for _ in range(10):
+        ann.say("secret" * 150)
+    s.signal(signal.SIGCONT)
+    push, = gateway.pushes(b, 1)
+    check(aps(push)["badge"] == 10, push["body"])
 
 
 # ---------------------------------------------------------------------------
@@ -998,6 +1078,22 @@ def queue():
                 s.settle()
         check(len(gateway.pushes()) == 2 and len(ids(pushes)) == 1, gateway.pushes())
         check(text_and_badge(pushes[-1]) == ("secret", 1), pushes[-1]["body"])
+
+
+@case()
+def stop_before_it_is_dead():
+    """A server that stops does not wait until a silent connection is dead: what was said since it was last heard is pushed
+    after the next start."""
+    with directory() as d, Gateway() as gateway:
+        with Xchat(gateway, "--data", d, "--ping", "2") as s:
+            b, bob = token(), Ws(s, answer_pings=False)
+            bob.login("Bob", "room", device_token=b)
+            tell(s, "secret")
+            while bob.event()[0] != 9:   # a ping
+                pass
+        with Xchat(gateway, "--data", d) as s:
+            push, = gateway.pushes(b, 1)
+            check(text_and_badge(push) == ("secret", 1), push["body"])
 
 
 @case()
