@@ -3160,6 +3160,7 @@ struct subscription {
     struct audience *audience;
     struct subscription *next, *also; /* of the same room; of the same phone */
     struct push *waiting;             /* to be sent, until when more is merged into it; or NULL */
+    const void *newest;               /* the last that was made; only to be compared */
     uint64_t seen;                    /* so far in the history its connections got that have ended beside others */
 };
 
@@ -3173,6 +3174,7 @@ struct push {
     int64_t expires, registered_ms;   /* on the wall clock */
     int64_t window;                   /* HTTP/2: what its stream may still carry, less what all may at first */
     uint32_t id, unsent, tries;       /* of its stream, or identifier; bytes of the payload */
+    uint32_t badge;                   /* in the payload */
     int status;                       /* answered so far */
     char uuid[37], collapse[ID_BYTES + 1];   /* its own id; that of the message */
 };
@@ -3503,6 +3505,7 @@ static void push_room(void) {
 /* Queues a push to a subscription, which waits for its payload. */
 static struct push *push_queue(struct subscription *s) {
     struct push *p = push_new(device_key(s->device));
+    s->newest = p;
     p->audience = s->audience;
     p->registered_ms = s->device->registered_ms;
     push_room();
@@ -3557,12 +3560,13 @@ static void push_write(struct buf *b, const struct subscription *s) {
 
 static size_t push_limit(void) { return !push.binary ? PAYLOAD_MAX : opt.apns_format == 2 ? 2048 : 256; }
 
-/* Writes the payload of a push that waits, unless it has the last message already: as much
- * of the text as fits. */
+/* Writes the payload of a push that waits, unless it has the last message and the badge already:
+ * as much of the text as fits. */
 static void push_fill(struct push *p) {
     const struct subscription *s = push_place(p);
     struct audience *a = s != NULL ? s->audience : NULL;
-    if (a == NULL || *a->id == '\0' || strcmp(a->id, p->collapse) == 0) return;
+    if (a == NULL || *a->id == '\0' || (strcmp(a->id, p->collapse) == 0 && p->badge == s->device->unread)) return;
+    p->badge = s->device->unread;   /* which other rooms count for, too */
     memcpy(p->collapse, a->id, sizeof p->collapse);
     push_write(&p->payload, s);
     while (p->payload.len > push_limit() && a->fits > 0 && push.full) {
@@ -3757,7 +3761,7 @@ static int64_t push_jitter(int64_t ms) {
 /* Queues a push once more, unless there is a newer one, or the phone was there since. */
 static void push_again(struct push *p, int64_t due_ms) {
     struct subscription *s = push_place(p);
-    bool seen = s != NULL && (s->waiting != NULL || s->device->registered_ms != p->registered_ms);
+    bool seen = s != NULL && (s->newest != p || s->device->registered_ms != p->registered_ms);
     if (seen || (s == NULL && p->audience != NULL)) {
         push_free(p);
         return;

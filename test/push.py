@@ -420,6 +420,33 @@ def bursts(gateway, s):
     check(len(gateway.pushes()) == 4, "pushes", len(gateway.pushes()))
 
 
+@pushing(quick=True)
+def badge_of_a_retry(gateway, s):
+    """A push that is tried again counts what was missed in other rooms meanwhile: what comes last has the whole badge."""
+    b, = visit(s, token(), room="one")
+    visit(s, b, room="other")
+    gateway.tell("rules", answers={b: [{"status": 503, "reason": "ServiceUnavailable"}] * 3 + [{"status": 200}]})
+    tell(s, "secret 1", room="one")
+    gateway.pushes(b, 3)   # the next try is a minute away, or what is one here
+    tell(s, "secret 2", room="other")
+    pushes = [text_and_badge(p) for p in gateway.pushes(b, 5)]
+    check(pushes[-1][1] == 2, pushes)
+
+
+@pushing()
+def older_fails_late(gateway, s):
+    """A push that fails when a newer one to this phone and room was sent long ago is not sent again: it would be the same."""
+    b, = phones(s, 1)
+    gateway.tell("rules", answers={b: [{"status": 503, "reason": "ServiceUnavailable", "hold": True}, {"status": 200}]})
+    for n in 1, 2:
+        tell(s, f"secret {n}")
+        gateway.pushes(b, n)
+    until(lambda: s.answered(200) == 1, "the newer one is not answered")
+    gateway.tell("release")
+    s.settle()
+    check(s.metric("sent_total") == 2, s.metric("sent_total"), "were sent")
+
+
 @pushing("--verbose", rows=[("silence", {"options": ["--ping", "1"]}), ("reset", {})])
 def broken_connection(gateway, s, name):
     """A connection that ends by silence or a reset: what was said since its last byte is pushed."""
