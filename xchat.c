@@ -3394,8 +3394,8 @@ static void devices_compact(bool end) {
     int fd = ok ? history_openat((struct path){"devices"}, O_WRONLY | O_APPEND) : -1;
     if (fd >= 0 && push.file >= 0) close(push.file);
     if (fd >= 0) push.file = fd;
-    else push.file_lines = UINT32_MAX / 2;
     buf_free(&push.lines);
+    if (fd < 0) push.file_lines = UINT32_MAX / 2, buf_addc(&push.lines, '\n');   /* as in devices_store() */
 }
 
 /* Takes a subscription out of its room, with what waits for it; its device is the caller's task. */
@@ -3582,6 +3582,7 @@ static void push_fill(struct push *p) {
 static void push_tell(struct subscription *s, uint32_t n) {
     s->device->unread += n;
     if (s->waiting == NULL) push_queue(s);
+    s->waiting->expires = now.wall + PUSH_EXPIRE_S;
     int64_t soon_ms = now.ms + PUSH_SECONDS(10);
     if (s->waiting->tries > 0 && s->waiting->due_ms > soon_ms) s->waiting->due_ms = soon_ms;   /* it is news again */
     s->waiting->tries = 0;
@@ -4590,11 +4591,9 @@ static bool push_restore(void) {
     if (opt.data != NULL && push.key != NULL) data_lines("apns-jwt", jwt_read, (struct json_field[]){
         {.name = "key_id"}, {.name = "team_id"}, {.name = "iat"}, {.name = "jwt"}, {.name = "key"}}, 5);
     if (opt.data == NULL || opt.push_test != NULL) return true;
-    if (!data_lines("devices", device_read, (struct json_field[]){
+    return data_lines("devices", device_read, (struct json_field[]){
         {.name = "token"}, {.name = "at"}, {.name = "unread"}, {.name = "uid"}, {.name = "room"}, {.name = "payload"},
-        {.name = "id"}, {.name = "uuid"}, {.name = "expires"}}, 9)) return false;
-    devices_compact(false);
-    return true;
+        {.name = "id"}, {.name = "uuid"}, {.name = "expires"}}, 9);
 }
 
 /* Keeps what could not be sent, for the next start. */
@@ -7728,6 +7727,7 @@ int main(int argc, char **argv) {
     if (opt.check) loop.tick = NULL, loop_signal(0), loop_run();   /* gives the ports back, removes their files */
     privileges_drop();
     if (opt.check) return check_memory(), 0;
+    if (opt.apns != NULL) devices_compact(false);   /* what waited is taken over from now on, and not sooner */
     notify("READY=1");
     loop_run();
     if (opt.apns != NULL) push_stop();

@@ -13,6 +13,7 @@ import atexit
 import base64
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -27,7 +28,7 @@ import tempfile
 import threading
 import time
 
-from harness import (CERTIFICATE, DEADLINE, ROOT, SLOW, TEXT, UPGRADE, WRAP, Http, Server, Skip, Ws, case, check,
+from harness import (CERTIFICATE, DEADLINE, ROOT, SLOW, TEXT, UPGRADE, WRAP, Faults, Http, Server, Skip, Ws, case, check,
                      close_frame, each_row, environment, frame, get, main, run, until)
 from inner import BIND_UID, JOIN_GROUP, LEAVE_GROUP, SEND_TO_GROUP, UNBIND_UID, UNGROUP, Inner
 
@@ -1082,8 +1083,10 @@ def restarts():
                 s.settle()
         check(text_and_badge(gateway.pushes(c, 2)[-1]) == ("secret 3", 2), gateway.pushes(c))
         check(not gateway.pushes(gone), "a push to one who was forgotten")
-        with Xchat(gateway, "--data", d), open(os.path.join(d, "devices")) as file:   # it is tidied at the start
-            lines = [json.loads(line) for line in file]
+        with Xchat(gateway, "--data", d) as s:
+            s.metrics()   # it is tidied before the first answer
+            with open(os.path.join(d, "devices")) as file:
+                lines = [json.loads(line) for line in file]
         check(sorted((line["token"], line["room"], line["unread"]) for line in lines) ==
               [(b, "rooms/other", 3), (b, "rooms/room", 3), (c, "rooms/room", 2)], lines)
 
@@ -1124,6 +1127,44 @@ def stop_before_it_is_dead():
 
 
 @case()
+def no_start():
+    """--check, and a start that fails, leave what waits to the next start."""
+    with directory() as d, Gateway() as gateway:
+        with Xchat(closed_port(), "--data", d) as s:
+            b, = phones(s, 1)
+            tell(s, "secret")
+            until(lambda: s.metric("queued") == 1, "nothing is queued")
+        for line, wanted in (["--check"], 0), (["--bind", f"127.0.0.1:{closed_port()}"], 1):
+            status, out, err = run("--data", d, "--apns", "https://localhost:1", "--apns-topic", TOPIC, *LOGIN, *line)
+            check(status == wanted, line, status, out, err)
+        with Xchat(gateway, "--data", d):
+            gateway.pushes(b, 1)
+
+
+@case()
+def news_in_an_old_push():
+    """A push that has waited for long, and gets another text, waits as long as a new one."""
+    with directory() as d:
+        path = os.path.join(d, "devices")
+
+        def kept():   # what is left by a server that never reaches its gateway
+            with Xchat(closed_port(), "--data", d) as s:
+                if s.metric("devices") == 0:
+                    phones(s, 1)
+                tell(s, "secret")
+                until(lambda: s.metric("queued") == 1, "nothing is queued")
+            with open(path) as file:
+                return json.loads(file.read())
+        line = kept()
+        with open(path, "w") as file:
+            json.dump({**line, "expires": int(time.time()) + 600}, file, separators=(",", ":"))
+            file.write("\n")
+        again = kept()
+        check(again["unread"] == 2 and again["uuid"] == line["uuid"], again)
+        check(again["expires"] >= line["expires"], "it has", again["expires"] - time.time(), "s left")
+
+
+@case()
 def devices_that_cannot_be_kept():
     """A list that cannot be written is said to be, and is written once it can be; pushes do not wait for that. One that
     cannot be read keeps the server from starting, and damaged lines are left out."""
@@ -1150,6 +1191,23 @@ def devices_that_cannot_be_kept():
         os.mkdir(path)
         status, out, err = run("--data", d, *HTTPS, *LOGIN)
         check(status == 1 and "devices cannot be read: Is a directory" in err, status, out, err)
+
+
+@case()
+def device_behind_half_a_line():
+    """A disk that was full leaves half a line, and no new list could be written either: who comes next is not lost."""
+    with directory() as d, tempfile.TemporaryDirectory() as t, Gateway() as gateway:
+        faults = Faults(t)
+        with Xchat(gateway, "--data", d, quick=True, env=faults.env) as s:
+            faults.set(room=20, write_errno=errno.ENOSPC)
+            phones(s, 1)
+            s.wait_log("(?s)devices cannot be stored.*devices cannot be written")
+            faults.none()
+            b, = phones(s, 1)
+            s.crash()
+        with Xchat(gateway, "--data", d) as s:
+            tell(s, "secret")
+            gateway.pushes(b, 1)
 
 
 # ---------------------------------------------------------------------------
