@@ -3432,6 +3432,9 @@ static void push_forget(struct device *d) {
     push_offline(d);
 }
 
+/* The same for its holder, in place of push_offline(). */
+static void push_give_up(struct device *d) { d->online--, push_forget(d); }
+
 /* The device of this token, new if need be, for the caller until push_offline(). If it has
  * gone to another user it leaves the rooms of the first. NULL: there are too many. */
 static struct device *device_hold(slice token, slice uid) {
@@ -3495,6 +3498,9 @@ static void push_join(struct device *d, slice room) {
     devices_store();
     if (opt.fsync && opt.data != NULL && fdatasync(push.file) != 0) log_warn("--data: devices: %s", strerror(errno));
 }
+
+/* Is this the user that the phone has come with last? */
+static bool push_of(const struct device *d, slice uid) { return slice_eq(buf_slice(&d->uid), uid); }
 
 /* Makes room in the queue: if there are too many the oldest goes. */
 static void push_room(void) {
@@ -3637,7 +3643,7 @@ static uint32_t push_show(slice token, slice uid, slice room, slice text) {
     push_alert(&payload, text);
     if (token.len > 0) buf_add(&tokens, token), buf_addc(&tokens, ' ');
     for (const struct device *d; (d = table_next(&push.devices, &at)) != NULL;)
-        if (uid.len > 0 ? slice_eq(buf_slice(&d->uid), uid) : a != NULL && device_in(d, a) != NULL)
+        if (uid.len > 0 ? d->first != NULL && slice_eq(buf_slice(&d->uid), uid) : a != NULL && device_in(d, a) != NULL)
             buf_add(&tokens, device_key(d)), buf_addc(&tokens, ' ');
     uint32_t n = 0;
     for (slice rest = buf_slice(&tokens); rest.len > 0; n++) {
@@ -5200,6 +5206,12 @@ static bool chat_phone(struct client *cl) {
     return chat_error(cl, "bad_field", "device_token must be %d to %d hex digits, two a byte", TOKEN_MIN, TOKEN_MAX);
 }
 
+/* The phone of a client, unless it has come with another user since; or NULL. */
+static struct device *client_phone(const struct client *cl) {
+    struct device *d = cl->more->phone;
+    return d != NULL && (client_uid(cl).len == 0 || push_of(d, client_uid(cl))) ? d : NULL;
+}
+
 /* The phone of this token is in the client's room from now on, and in its user's inbox,
  * whether it is connected or not. */
 static void chat_subscribe(struct client *cl, slice token) {
@@ -5213,12 +5225,13 @@ static void chat_subscribe(struct client *cl, slice token) {
  * phone. If the inbox cannot be opened now, the next call may do it. */
 static void client_identify(struct client *cl, slice uid) {
     bool same = slice_eq(client_uid(cl), uid);
+    struct device *phone = client_phone(cl);
     struct more *more = same && uid.len == 0 ? cl->more : client_more(cl);
     if (!same && more->inbox != NULL) room_leave(more->inbox), more->inbox = NULL;
     if (!same) free(more->uid), more->uid = uid.len > 0 ? memcpy(xcalloc(uid.len + 1), uid.p, uid.len) : NULL;
     struct room *inbox = more->uid != NULL && more->inbox == NULL ? room_open(S("users/"), uid) : NULL;
     if (inbox != NULL && !inbox->past->unknown) more->inbox = room_join(inbox, cl->c, ROOMS_PER_CLIENT);
-    if (!same && more->phone != NULL) chat_subscribe(cl, device_key(more->phone));
+    if (!same && phone != NULL) chat_subscribe(cl, device_key(phone));
 }
 
 static bool chat_login(struct client *cl) {
@@ -5258,7 +5271,11 @@ static bool chat_login(struct client *cl) {
 static bool chat_logout(struct client *cl) {
     slice forget = chat.f[FORGET_DEVICE].raw;
     if (cl->seat == NULL) return chat_error(cl, "not_logged_in", "logout needs a login first");
-    if (cl->more->phone != NULL && forget.p != NULL && *forget.p == 't') push_forget(cl->more->phone), devices_store();
+    if (client_phone(cl) != NULL && forget.p != NULL && *forget.p == 't') {
+        push_give_up(cl->more->phone);
+        cl->more->phone = NULL;
+        devices_store();
+    }
     chat_leave(cl);
     buf_free(&cl->more->session);
     chat.json.len--;   /* what the others got, with the ref, is the answer */

@@ -882,6 +882,27 @@ def push():
         check(len(gateway.pushes()) == seen, "something else was pushed")
 
 
+@case()
+def push_to_a_forgotten_phone():
+    """Who logs out with forget_device has no phone any more, though the connection goes on, or an older one of it does."""
+    with Gateway() as gateway, Xchat(gateway) as s:
+        eve, old, phone = Ws(s), Ws(s), token()
+        for ws in old, eve:
+            ws.login("Eve", "1")
+            good(s, "bind", client_id=ws.id, uid="eve")
+            ws.login("Eve", "1", device_token=phone)
+        check(good(s, "push", uid="eve", message="secret") == {"phones": 1}, "it is not known")
+        gateway.pushes(n=1)
+        eve.send_json(type="logout", forget_device=True)
+        eve.expect("logout")
+        check(good(s, "push", uid="eve", message="secret") == {"phones": 0}, "a push to a forgotten phone")
+        leave(old)
+        eve.login("Eve", "1")
+        good(s, "bind", client_id=eve.id, uid="other")   # and is no reason to remember it
+        leave(eve)
+        check(s.metric("devices") == 0, s.metric("devices"), "devices")
+
+
 @api()
 def push_without_gateway(s):
     """503 unavailable, if there is no --apns."""

@@ -593,6 +593,37 @@ def much_at_the_same_time(gateway, s):
     check(aps(push)["badge"] == 10, push["body"])
 
 
+@pushing("--gateway", "127.0.0.1:0", rows=[
+    ("forgets", {}, lambda bob, inner: (bob.send_json(type="logout", forget_device=True), bob.expect("login"),
+                                        bob.expect("logout"))),
+    ("is nobody", {}, lambda bob, inner: inner.tell(UNBIND_UID, bob, "bob")),
+    ("is another one", {}, lambda bob, inner: inner.tell(BIND_UID, bob, "dan")),
+    ("is put into a room", {}, lambda bob, inner: inner.tell(JOIN_GROUP, bob, "news")),
+    ("is taken out of one", {}, lambda bob, inner: inner.tell(LEAVE_GROUP, bob, "room")),
+])
+def phone_of_another_user(gateway, s, name, act):
+    """A phone has gone to another user: what becomes of the connection of the one before is nothing to it."""
+    b, ann, inner = token(), Ws(s), Inner(s)
+    clients = bob, eve = Ws(s), Ws(s)
+    for client, uid in zip(clients, ("bob", "eve")):
+        client.login(uid, "room", device_token=b)
+        inner.tell(BIND_UID, client, uid)
+        inner.fence()
+    act(bob, inner)
+    inner.fence()
+    for client in clients:
+        leave(client)
+    for room in "news", "room":
+        ann.login("Ann", room)
+        ann.say(f"secret {room}")
+        ann.expect("say")
+    ann.send_json(type="say", to_uid="eve", content="secret letter")
+    ann.expect("say")
+    gateway.pushes(b, 2), s.settle()
+    told = sorted(text_and_badge(push)[0] for push in gateway.pushes(b))
+    check(told == ["secret letter", "secret room"], told)
+
+
 # ---------------------------------------------------------------------------
 # What is sent
 # ---------------------------------------------------------------------------
