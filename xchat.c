@@ -3112,8 +3112,8 @@ static void rooms_figures(struct buf *b) {
  * again; since it has the id of its message as collapse-id, the phone shows it once.
  *
  * Owns: devices, their subscriptions, the pushes and the gateways.
- * Calls: 1 Bytes, 2 JSON, 3 Tables, 4 The loop, 6 History. Called by: 9 Chat, 11 HTTP API,
- * 12 Page, 13 Main.
+ * Calls: 1 Bytes, 2 JSON, 3 Tables, 4 The loop, 6 History. Called by: 9 Chat, 10 Back end,
+ * 11 HTTP API, 12 Page, 13 Main.
  * Promises: chat never waits for a push; all queues are bounded; tokens are not logged.
  */
 
@@ -3454,23 +3454,27 @@ static struct device *device_hold(slice token, slice uid) {
     return d;
 }
 
-/* Subscribes a phone to the room of this key, and ends its oldest subscription, if these
- * are too many. */
+/* Subscribes a phone to the room of this key, as its newest, and ends the oldest of its
+ * subscriptions, if these are too many. */
 static struct subscription *device_join(struct device *d, slice room) {
     struct audience *a = table_find(&push.audiences, room);
     struct subscription *s = device_in(d, a), **at = &d->first;
-    if (s != NULL) return s;
     if (a == NULL) {
         a = xcalloc(sizeof *a);
         buf_add(&a->key, room);
         table_add(&push.audiences, a);
     }
-    s = xcalloc(sizeof *s);
-    *s = (struct subscription){.device = d, .audience = a, .next = a->first};
-    a->first = s;
+    if (s == NULL) {
+        s = xcalloc(sizeof *s);
+        *s = (struct subscription){.device = d, .audience = a, .next = a->first};
+        a->first = s;
+    }
     size_t n = 0;
-    for (; *at != NULL; at = &(*at)->also) n++;
+    while (*at != NULL)
+        if (*at == s) *at = s->also;
+        else at = &(*at)->also, n++;
     *at = s;
+    s->also = NULL;
     if (n < ROOMS_PER_CLIENT) return s;
     struct subscription *oldest = d->first;
     d->first = oldest->also;
@@ -3497,6 +3501,20 @@ static void push_join(struct device *d, slice room) {
     device_write(d, device_join(d, room), NULL);
     devices_store();
     if (opt.fsync && opt.data != NULL && fdatasync(push.file) != 0) log_warn("--data: devices: %s", strerror(errno));
+}
+
+/* From now on it is not, if it was. The file knows no such line: it forgets all, and has the others anew. */
+static void push_part(struct device *d, slice room) {
+    struct subscription *s = device_in(d, table_find(&push.audiences, room)), **at = &d->first, *first;
+    if (s == NULL) return;
+    while (*at != s) at = &(*at)->also;
+    *at = s->also;
+    subscription_free(s);
+    first = d->first, d->first = NULL;
+    device_write(d, NULL, NULL);
+    d->first = first;
+    for (s = first; s != NULL; s = s->also) device_write(d, s, s->waiting);
+    devices_store();
 }
 
 /* Is this the user that the phone has come with last? */
@@ -5575,7 +5593,7 @@ static void chat_init(const uint8_t gateway[6], bool (*event)(struct client *cl,
  * Who can reach these ports has power over everybody: they are for this machine, or for
  * those who know a secret.
  *
- * Owns: the secrets, those connected to gateway and register. Calls: all above but 8 Push.
+ * Owns: the secrets, those connected to gateway and register. Calls: all above.
  * Called by: 11 HTTP API, 13 Main. Promises: what is malformed hurts nobody but its sender.
  */
 
@@ -6084,6 +6102,14 @@ static struct room *group_open(slice name) {
     return r != NULL && !r->past->unknown ? r : NULL;
 }
 
+/* Puts a client, and its phone, into a room; NULL: it is in too many. `kept` as for client_join(). */
+static struct member *gateway_join(struct client *cl, struct room *r, size_t kept) {
+    bool new = room_member(r, cl->c) == NULL;
+    struct member *m = client_join(cl, r, kept);
+    if (new && m != NULL && client_phone(cl) != NULL) push_join(cl->more->phone, room_key(r));
+    return m;
+}
+
 /* Replaces the session, and has the chat go by it: room and name are what it says. The client is
  * not taken out of the room it was in, since that is a group for PHP, and nobody said so. */
 static void session_set(struct client *cl, slice session) {
@@ -6092,7 +6118,7 @@ static void session_set(struct client *cl, slice session) {
     bool good = name.len > 0 && name.len <= (size_t)6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
     struct room *r = good ? group_open(room.text) : NULL;
     size_t kept = cl->more->inbox == NULL;   /* a place for that, as at a login */
-    cl->seat = r != NULL ? client_join(cl, r, kept) : NULL;
+    cl->seat = r != NULL ? gateway_join(cl, r, kept) : NULL;
     cl->number_room = room.type == 'i';
     if (cl->seat != NULL) client_rename(cl, name);
     session_keep(cl, session);
@@ -6239,8 +6265,9 @@ static void gateway_tell(const struct packet *p, struct client *cl) {
     if (packet_message(p, &message)) client_tell(cl, message, (p->flag & AS_IT_IS) != 0);
 }
 
-/* Takes a client out of a room. If it was the one it speaks in, its session stays what it is. */
+/* Takes a client, and its phone, out of a room. If it was the one it speaks in, its session stays what it is. */
 static void gateway_leave(struct client *cl, struct member *m) {
+    if (client_phone(cl) != NULL) push_part(cl->more->phone, room_key(m->room));
     if (cl->seat == m) {
         session_get(cl);
         if (cl->more->worker == NULL) chat_leave(cl);   /* others hear of it */
@@ -6262,7 +6289,7 @@ static void gateway_do(const struct packet *p, struct client *cl) {
     case UPDATE_SESSION: case SET_SESSION: session_order(cl, p->ext, p->cmd == UPDATE_SESSION); break;
     case BIND_UID: if (name_ok(p->ext)) client_identify(cl, p->ext); break;
     case UNBIND_UID: client_identify(cl, S("")); break;
-    case JOIN_GROUP: if ((r = group_open(p->ext)) != NULL) client_join(cl, r, KEPT_ROOMS); break;
+    case JOIN_GROUP: if ((r = group_open(p->ext)) != NULL) gateway_join(cl, r, KEPT_ROOMS); break;
     case LEAVE_GROUP:
         if ((r = room_find(S("rooms/"), p->ext)) != NULL && (m = room_member(r, cl->c)) != NULL) gateway_leave(cl, m);
     }
@@ -6812,7 +6839,7 @@ static bool api_join(void) {
     struct room *r = cl != NULL ? api_room(A_ROOM) : NULL;
     bool join = slice_eq(api.q->path, S("/api/join"));
     if (r == NULL) return false;
-    struct member *m = join ? client_join(cl, r, KEPT_ROOMS) : room_member(r, cl->c);
+    struct member *m = join ? gateway_join(cl, r, KEPT_ROOMS) : room_member(r, cl->c);
     if (join && m == NULL)
         return api_fail("409 Conflict", "limit", "this client is in %d rooms already", ROOMS_PER_CLIENT - KEPT_ROOMS);
     if (!join && m != NULL) gateway_leave(cl, m);

@@ -593,6 +593,28 @@ def much_at_the_same_time(gateway, s):
     check(aps(push)["badge"] == 10, push["body"])
 
 
+@case()
+def put_and_taken_out():
+    """A back end puts a client into a room, and takes it out of its own: the phone is where its client is, also after a
+    crash."""
+    with directory() as d, Gateway() as gateway:
+        options = "--data", d, "--gateway", "127.0.0.1:0"
+        with Xchat(gateway, *options) as s:
+            b, bob, inner = token(), Ws(s), Inner(s)
+            bob.login("Bob", "room", device_token=b)
+            inner.tell(JOIN_GROUP, bob, "news")
+            inner.tell(LEAVE_GROUP, bob, "room")
+            inner.fence()
+            leave(bob)
+            s.crash()   # so that nothing is written once more
+        with Xchat(gateway, *options) as s:
+            tell(s, "secret 1")
+            tell(s, "secret 2", room="news")
+            gateway.pushes(b, 1)
+            s.settle()
+            check([text_and_badge(push) for push in gateway.pushes(b)] == [("secret 2", 1)], gateway.pushes(b))
+
+
 @pushing("--gateway", "127.0.0.1:0", rows=[
     ("forgets", {}, lambda bob, inner: (bob.send_json(type="logout", forget_device=True), bob.expect("login"),
                                         bob.expect("logout"))),
@@ -622,6 +644,32 @@ def phone_of_another_user(gateway, s, name, act):
     gateway.pushes(b, 2), s.settle()
     told = sorted(text_and_badge(push)[0] for push in gateway.pushes(b))
     check(told == ["secret letter", "secret room"], told)
+
+
+@pushing()
+def many_rooms(gateway, s):
+    """A phone that is in too many rooms leaves the one that it did not come to for longest, and never its user's inbox."""
+    b, bob = token(), Ws(s)
+    bob.login("Bob", "room", device_token=b)
+    body = f"client_id={bob.id}&uid=bob".encode()
+    with contextlib.closing(Http(s, at=len(s.listeners) - 1)) as http:
+        http.send(get("/api/bind", f"Content-Length: {len(body)}", "Content-Type: application/x-www-form-urlencoded",
+                      method="POST") + body)
+        check(http.answer().status == 200, "it is not bound")
+    for room in *range(1, 63), "room", 63, 64:   # with the inbox these are 66
+        bob.login("Bob", f"{room}", device_token=b)
+    leave(bob)
+    ann = Ws(s)
+    for room in "room", "3", "2", "1":
+        ann.login("Ann", room)
+        ann.say(f"secret {room}")
+        ann.expect("say")
+    ann.send_json(type="say", to_uid="bob", content="secret letter")
+    ann.expect("say")
+    s.settle()
+    gateway.pushes(b, 3), s.settle()
+    told = sorted(text_and_badge(push)[0] for push in gateway.pushes(b))
+    check(told == ["secret 3", "secret letter", "secret room"], told)
 
 
 # ---------------------------------------------------------------------------
