@@ -3922,9 +3922,9 @@ static void push_answered(struct conn *c, struct push *p, int status, slice reas
     g->errors = status == 500 ? g->errors + 1 : 0;
     if (fate == ONCE_MORE) fate = p->tries == 0 ? LATER : DROP;
     if (fate == RENEW && now.ms - push.jwt_ms < JWT_AGAIN_MS) fate = CONFIG;
-    if (fate == RENEW) buf_clear(&push.jwt);
-    if (fate == CONFIG) push_alarm(a->reason, a->words, true);
-    bool leave = (fate >= RECONNECT || g->errors >= 2) && g->drain_ms == 0;
+    bool leave = (fate >= RECONNECT || g->errors >= 2) && g->drain_ms == 0;   /* of one that was left this is no news */
+    if (leave && fate == RENEW) buf_clear(&push.jwt);
+    if (leave && fate == CONFIG) push_alarm(a->reason, a->words, true);
     if (leave && fate != CONFIG) gate_failed(a->words, false);
     if (leave) gate_drain(c);   /* other answers may be on their way */
     bool dead = fate == DEAD || (fate == SUSPECT && push_judge(p, true));
@@ -4522,7 +4522,7 @@ static const char *push_load_key(char *phrase) {
     OPENSSL_free(der);
     uint64_t id = 0;
     if (n > 0) memcpy(&id, hash, sizeof id);
-    if (id != push.key_hash) buf_clear(&push.jwt);   /* what the old key has signed is no good */
+    if (ok && id != push.key_hash) buf_clear(&push.jwt);   /* what the old key has signed is no good */
     if (ok) push.key_hash = id;
     EVP_PKEY_free(ok ? push.key : key);
     if (ok) push.key = key;
@@ -7548,8 +7548,8 @@ static bool load_files(void) {
 }
 
 static void reload_files(void) {
-    bool secrets = pass_load();   /* whatever else is wrong: one may have to go */
-    if (load_files() && push_reload() && secrets) log_info("SIGHUP: files read again");
+    bool secrets = pass_load(), pushes = push_reload();   /* whatever else is wrong: one may have to go */
+    if (load_files() && pushes && secrets) log_info("SIGHUP: files read again");
 }
 
 /* ---- Privileges. ---- */

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -824,6 +825,73 @@ def no_new_jwt(gateway, s, name, rules):
         check(gateway.pushes(s.good, 3)[-1]["conn"] != s.conn, "the same connection")
     check(len({jwt_of(p) for p in gateway.pushes()}) == 1, "another JWT")
     check(s.metric("devices") == 1)
+
+
+@case()
+def late_answers():
+    """What a connection that was left has still to say of our JWT, or our key, is no news: there is no other JWT, and
+    no pause."""
+    with directory() as d, Gateway() as gateway:
+        path, rooms = os.path.join(d, "apns-jwt"), ("one", "two", "three")
+        with Xchat(gateway, "--data", d) as s:
+            devices = [phones(s, 1, room)[0] for room in rooms]
+            tell(s, "secret", room="one")
+            gateway.pushes(devices[0], 1)
+            s.settle()
+        with open(path) as file:
+            kept = json.load(file)
+        with open(path, "w") as file:
+            json.dump({**kept, "iat": int(time.time()) - 1500}, file, separators=(",", ":"))
+        expired = {"status": 403, "reason": "ExpiredProviderToken"}
+        wrong = {"status": 403, "reason": "InvalidProviderToken", "hold": True}
+        gateway.tell("rules", answers=dict(zip(devices, ([expired, {"status": 200}], [{**expired, "hold": True}, {"status": 200}],
+                                                         [wrong, {"status": 200}]))))
+        with Xchat(gateway, "--data", d) as s:
+            for room in reversed(rooms):
+                tell(s, "secret", room=room)
+            gateway.pushes(devices[0], 3)   # the last with a new JWT, on a new connection
+            gateway.tell("release")
+            s.settle()
+            for device in devices[1:]:
+                check(len(gateway.pushes(device)) == 2, len(gateway.pushes(device)), "requests")
+            check(s.metric("ok_total") == 3 and len({jwt_of(p) for p in gateway.pushes()}) == 2, s.metrics())
+
+
+@case()
+def no_new_key():
+    """A key that cannot be used changes nothing at SIGHUP: the JWT stays, too, or new ones would come too often."""
+    with tempfile.TemporaryDirectory() as d, Gateway() as gateway:
+        path = shutil.copy(KEY, os.path.join(d, "p8"))
+        with Xchat(gateway, login=("--apns-key", path, *LOGIN[2:])) as s:
+            b, = phones(s, 1)
+            for n in 1, 2:
+                tell(s, "secret")
+                gateway.pushes(b, n)
+                s.settle()
+                with open(path, "w") as file:
+                    file.write("no key")
+                s.signal(signal.SIGHUP)
+                s.wait_log("warn.*--apns-key")
+        check(len({jwt_of(p) for p in gateway.pushes()}) == 1, "another JWT")
+
+
+@case()
+def new_key():
+    """SIGHUP: from then on JWTs are of the new key, whatever is wrong with other files."""
+    with tempfile.TemporaryDirectory() as d, Gateway() as gateway:
+        path, other = shutil.copy(KEY, os.path.join(d, "p8")), shutil.copy(KEY, os.path.join(d, "other"))
+        with Xchat(gateway, "--gateway-key-file", other, login=("--apns-key", path, *LOGIN[2:])) as s:
+            b, = phones(s, 1)
+            for n in 1, 2:
+                tell(s, "secret")
+                gateway.pushes(b, n)
+                s.settle()
+                if n == 1:
+                    shutil.copy(OTHER, path)
+                    os.unlink(other)
+                    s.signal(signal.SIGHUP)
+                    s.wait_log("warn.*--gateway-key-file")
+        check(len({jwt_of(p) for p in gateway.pushes()}) == 2, "the same JWT")
 
 
 @pushing(client_ca=CERTIFICATE, login=("--apns-cert", CERTIFICATE))
