@@ -3996,6 +3996,8 @@ static void binary_tick(struct conn *c) {
         push_done(list_remove(&g->sent, p));
     }
     if (p != NULL && now.ms - p->due_ms > PUSH_SECONDS(90)) conn_lost(c, "it takes nothing");
+    bool quiet = c->out.len == 0 && (p == NULL || now.ms - g->sent.last->due_ms > FRESH_MS);
+    if (g->drain_ms != 0 && quiet) conn_close(c, "new keys");
 }
 
 /* The feedback service tells which tokens are dead: time (4), length (2), token. */
@@ -4191,6 +4193,7 @@ static void h2_answer(struct conn *c, struct push *p) {
     bool told = json_pick(buf_slice(&p->reply), f, 2, &where) == NULL && f[0].raw.len > 2 && *f[0].raw.p == '"';
     slice reason = told ? json_inside(f[0].raw) : S("");
     g->timeouts = 0;
+    if (p->unsent > 0) h2_number(c, H2_RST, p->id, H2_CANCEL);   /* or the stream would stay open */
     push.latency_ms += (uint64_t)(now.ms - p->due_ms);
     push.responses[p->status > 0 && p->status < 600 ? p->status : 0]++;
     push.count[UNKNOWN] += p->status < 0;
@@ -4225,7 +4228,7 @@ static int h2_goaway(struct conn *c, slice s) {
     log_info("apns: goodbye from the gateway, code %u %.*s", be32(s.p + 4), F(debug));
     while (last != NULL && last->id > (be32(s.p) & INT32_MAX)) last = last->prev;
     push_rewind(&g->sent, last);
-    bool unwanted = be32(s.p + 4) != 0 || (be32(s.p) == 0 && !g->answered);
+    bool unwanted = be32(s.p + 4) != 0 || !g->answered;
     if (unwanted && g->drain_ms == 0) gate_failed("it does not want us", false);
     gate_drain(c);
     return 0;
@@ -4280,6 +4283,7 @@ static int h2_handle(struct conn *c, int type, int flags, uint32_t id, slice s) 
         return (flags & H2_BLOCK_END) != 0 ? h2_headers(c, p) : 0;
     case H2_RST:
         if (p == NULL) return 0;
+        p->unsent = 0;
         if (p->status != 0) return h2_answer(c, p), 0;   /* the rest of the answer would not matter */
         list_remove(&g->sent, p);
         if (be32(s.p) != H2_REFUSED) push_retry(p);
@@ -4418,6 +4422,7 @@ static ssize_t gate_feed(struct conn *c, char *p, size_t n) {
 static void gate_tick(struct conn *c) {
     struct gate *g = c->state;
     bool begun = c->spoke && g->ready;
+    for (struct push *p = begun ? NULL : g->sent.first; p != NULL; p = p->next) p->due_ms = now.ms;   /* not sent yet */
     if (!begun && now.ms - g->born_ms >= CONNECT_MS) conn_lost(c, "no connection, or no SETTINGS, in time");
     else if (begun && push.binary) binary_tick(c);
     else if (begun) h2_tick(c);
@@ -4561,9 +4566,7 @@ static bool push_load(void) {
 /* Reads the keys again; what is connected with the old ones is replaced. */
 static bool push_reload(void) {
     if (opt.apns == NULL || !push_load()) return opt.apns == NULL;
-    struct conn *c = push.gate;
-    if (c != NULL) gate_drain(c);
-    if (c != NULL && push.binary) conn_close(c, "new keys");
+    if (push.gate != NULL) gate_drain(push.gate);
     push.pause_ms = push.alarm_ms = push.redial_ms = push.n_verdicts = 0;
     push.proved = false;
     return true;

@@ -495,6 +495,19 @@ def end_without_a_word():
              ("error cut short", after(3, lambda got: error(8, got[0])[:5])), ("nonsense", after(3, b"HTTP/1.1 400 No\r\n"))], row)
 
 
+@case()
+def end_after_a_slow_beginning():
+    """A gateway that takes three seconds for the handshake, and then closes without a word: what it was sent is not old."""
+    with Binary(after(2)) as gateway, Xchat(gateway.url) as s:
+        known = phones(s, 2)
+        gateway.context.sni_callback = lambda *_: time.sleep(3)
+        tell(s)
+        gateway.wait(2)
+        gateway.context.sni_callback = None
+        gateway.wait(4)
+        check(sorted(gateway.tokens(1)) == sorted(known), gateway.tokens(1))
+
+
 @case(serial=True)
 def new_keys_without_end():
     """A gateway that does nothing but change keys has one turn in a round, as everybody; then it is heard."""
@@ -769,6 +782,29 @@ def new_certificate():
                 gateway.wait(number + 1)
             check([TOPIC in subject for subject in gateway.subjects] == [True, False], gateway.subjects)
             check([len(got) for got in gateway.got] == [1, 2], gateway.got)
+
+
+@case()
+def nothing_twice_for_a_new_certificate():
+    """SIGHUP right behind a push: it is not sent again, and what the old connection rejects is still heard."""
+    with Binary(lambda got: time.sleep(1) or [error(8, got[1])] if len(got) == 3 else None) as gateway, \
+            Xchat(gateway.url) as s:
+        known = phones(s, 3)
+        tell(s)
+        until(lambda: s.metric("in_flight") == 3, "nothing is sent", SOON)
+        s.signal(signal.SIGHUP)
+        gateway.wait(4)
+        s.expect_devices(*set(known) - set(gateway.tokens(0)[1:2]))
+        begin = time.monotonic()
+        until(lambda: time.monotonic() > begin + 3, "")
+        check(gateway.tokens(1) == gateway.tokens(0)[2:], "sent again:", len(gateway.tokens(1)), "and not 1")
+    with Binary() as gateway, Xchat(gateway.url) as s:
+        phones(s, 2)
+        tell(s)
+        gateway.wait(2)
+        s.signal(signal.SIGHUP)
+        until(lambda: len(gateway.live) == 0, "the old connection stays", SOON)
+        check(len(gateway.tokens()) == 2, len(gateway.tokens()), "packets for two phones")
 
 
 # ---------------------------------------------------------------------------

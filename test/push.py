@@ -1063,6 +1063,20 @@ def goaway_for_good(gateway, s, name, how):
     check(s.metric("ok_total") == 1, s.metrics())
 
 
+@pushing(answer={"never": True})
+def goaway_at_once(gateway, s):
+    """A gateway that takes leave of each connection in good form, but before it has answered anything, is not asked
+    again and again without a pause."""
+    phones(s, 1)
+    tell(s, "secret")
+    for n in 1, 2, 3:
+        gateway.wait(1, "request", conn=n)
+        gateway.tell("goaway", last=0x7fffffff)
+        gateway.tell("goaway", last=0, close=True)
+    first, *_, third = gateway.all("accept")[:3]
+    check(third["at"] - first["at"] > 2, "three connections in", third["at"] - first["at"], "s")   # 1 s + 2 s - 25 %
+
+
 @pushing(proven=True)
 def refused_streams(gateway, s):
     """RST_STREAM 7, then 5 for the same stream: sent once more, not twice."""
@@ -1110,6 +1124,23 @@ def small_windows(gateway, s, name, n):
     check(s.metric("retried_total") == 0, "some were sent again")
     if name == "no header table":   # the first block says so
         check([p["block"][:4] for p in gateway.pushes()] == ["2083", "8387", "8387"], gateway.pushes())
+
+
+@pushing(settings={"4": 10}, refill=None)
+def early_answer(gateway, s):
+    """One that comes before the window let all of the payload through: the stream is ended, or it would count for ever;
+    unless the gateway has done so."""
+    for n, more in (1, ""), (2, "0000040300000000{:02x}00000000"):
+        b, = phones(s, 1, f"room {n}")
+        tell(s, "secret", room=f"room {n}")
+        until(lambda: s.metric("in_flight") == 1, "it is not sent")
+        stream = 2 * n - 1
+        gateway.tell("raw", hex=f"000001010{4 if more else 5}000000{stream:02x}88" + more.format(stream))
+        s.settle()
+        gateway.tell("ping")
+        gateway.wait(n, "pong")
+        check([e["stream"] for e in gateway.all("reset")] == [1], gateway.all("reset"))
+    check(s.metric("ok_total") == 2 and s.metric("retried_total") == 0, s.metrics())
 
 
 @pushing(proven=True)
