@@ -4706,17 +4706,16 @@ struct client {
     struct conn *c;
     struct member *seat;    /* in the room it speaks in; NULL before login */
     struct more *more;      /* owned; or chat.none, which stays empty: client_more() */
-    int64_t filled_ms;      /* when tokens were last added */
-    int32_t tokens;         /* thousandths of messages it may send now: chat_allow() */
+    int64_t busy_ns;        /* until then its messages take: chat_allow() */
     uint32_t number;        /* the second half of its id */
-    uint32_t mark;          /* chapter 10's: whether it is in a set of clients, and that one */
     uint8_t silences : 2;   /* times --ping since it was last heard */
+    bool listed : 1;        /* chapter 10's: it is in the set of clients */
     bool newer : 1;         /* there was a login since its session was set */
     bool taken : 1;         /* it is served by a worker, if there is one */
     bool grouped : 1;       /* has been in a room */
     bool number_room : 1;   /* named its room by a number */
     bool named : 1;         /* has a name, that of its last login... */
-    char name[24];          /* ...in HTML, here or, if it is longer, in `more` */
+    char name[19];          /* ...in HTML, here or, if it is longer, in `more` */
 };
 
 /* What happens to a client, in the numbers of the Gateway protocol. */
@@ -5412,16 +5411,16 @@ static bool chat_say(struct client *cl) {
     return true;
 }
 
-/* A token bucket: --rate tokens a second flow in, up to --burst; a message takes one,
- * a refused one too, and who digs on below minus --burst is shown out. */
+/* As if each message took 1/--rate seconds, one after the other (the generic cell rate algorithm):
+ * who is more than --burst of them ahead of the clock is refused, and who has them go on all the
+ * same is shown out at twice that. */
 static bool chat_allow(struct client *cl) {
     if (opt.rate == 0) return true;
-    int64_t full = (int64_t)opt.burst * 1000, tokens = cl->tokens + (now.ms - cl->filled_ms) * opt.rate;
-    cl->tokens = (int32_t)(tokens < full ? tokens : full) - 1000;
-    cl->filled_ms = now.ms;
-    if (cl->tokens >= 0) return true;
+    int64_t now_ns = now.ms * 1000000, each = 1000000000 / opt.rate, burst = each * opt.burst;
+    cl->busy_ns = (cl->busy_ns > now_ns ? cl->busy_ns : now_ns) + each;
+    if (cl->busy_ns <= now_ns + burst) return true;
     chat.limited++;
-    if (cl->tokens >= -full)
+    if (cl->busy_ns <= now_ns + 2 * burst)
         return chat_error(cl, "rate_limited", "dropped: more than %u messages a second (--rate)", opt.rate);
     ws_close(cl->c, WS_POLICY, "over --rate for too long");
     return false;
@@ -5530,7 +5529,7 @@ static const struct proto chat_proto = {
 /* `upgraded` of the chat's site: this connection is a client from now on. */
 static void chat_upgraded(struct conn *c, const struct request *q) {
     struct client *cl = xcalloc(sizeof *cl);
-    *cl = (struct client){.c = c, .more = &chat.none, .tokens = (int32_t)opt.burst * 1000, .filled_ms = now.ms};
+    *cl = (struct client){.c = c, .more = &chat.none};
     do cl->number = ++chat.last_number;
     while (client_numbered(cl->number) != NULL);
     table_add(&chat.clients, cl);
@@ -5868,9 +5867,8 @@ static struct {
     char address_text[24];     /* ...and as the register does */
     uint16_t port;             /* of the chat */
     struct set {
-        struct client **client;   /* in order of being added */
+        struct client **client;   /* in order of being added; each is `listed` */
         size_t n, cap;
-        uint32_t mark;         /* of who was ever added */
     } set;
     int64_t join_ms;           /* not before then: connect to it; or say that we live */
     struct buf text;           /* a message that had to be written */
@@ -6148,14 +6146,18 @@ static void session_order(struct client *cl, slice session, bool update) {
 
 /* ---- Sets of clients. ---- */
 
-/* Makes the set an empty one. Nobody is in it twice. It borrows from the chat, so it lasts as long
- * as nothing is closed: until its maker returns. */
-static struct set *set_new(void) { return backend.set.n = 0, backend.set.mark++, &backend.set; }
+/* Makes the set an empty one. Nobody is in it twice. It lasts until a client that is in it has
+ * gone (worker_event()), which is not before its maker returns. */
+static struct set *set_new(void) {
+    struct set *set = &backend.set;
+    while (set->n > 0) set->client[--set->n]->listed = false;
+    return set;
+}
 
 /* Adds a client, unless that is NULL, going, or was added before. */
 static void set_add(struct set *set, struct client *cl) {
-    if (cl == NULL || cl->c->closing || cl->mark == set->mark) return;
-    cl->mark = set->mark;
+    if (cl == NULL || cl->c->closing || cl->listed) return;
+    cl->listed = true;
     if (set->n == set->cap) set->client = xrealloc(set->client, (set->cap = 2 * set->cap + 8) * sizeof(void *));
     set->client[set->n++] = cl;
 }
@@ -6249,15 +6251,16 @@ static void gateway_send(const struct packet *p) {
     slice message, name, json = ext_json(p->ext), chosen = all ? ext_list(json, "connections") : S("");
     if (!packet_message(p, &message)) return;
     set_add_numbers(set, chosen.len > 0 ? chosen : ext_list(json, "exclude"));
-    if (all && chosen.len == 0) set->n = 0, set_add_all(set);   /* without those marked */
-    for (size_t i = 0; all && i < set->n; i++) client_tell(set->client[i], message, raw);
+    size_t first = chosen.len > 0 ? 0 : set->n;   /* behind those who are excluded */
+    if (all && chosen.len == 0) set_add_all(set);
+    for (size_t i = first; all && i < set->n; i++) client_tell(set->client[i], message, raw);
     if (all) return;
     for (slice rest = users ? ext_inside(json) : ext_list(json, "group"); ext_each(&rest, &name);) {
         struct room *r = room_find(users ? S("users/") : S("rooms/"), name);
         if (r != NULL && set->n == 0 && !raw) room_publish_next(r, message);   /* once for all of them */
         else for (struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) {
             struct client *cl = m->c->state;
-            if (cl->mark != set->mark) client_tell(cl, message, raw);
+            if (!cl->listed) client_tell(cl, message, raw);
         }
     }
 }
@@ -6413,6 +6416,7 @@ static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b
  * or else the one with the fewest clients. False: it has none, and the chat has to deal with it. */
 static bool worker_event(struct client *cl, int event, slice body) {
     const struct addr *peer = &cl->c->peer;
+    if (event == ON_CLOSE && cl->listed) set_new();   /* it is about to be freed */
     if (!cl->taken) return false;
     if (cl->more->worker != NULL && cl->more->worker->c->closing) cl->more->worker->clients--, cl->more->worker = NULL;
     struct peer *best = NULL, *p = cl->more->worker == NULL ? worker_next(NULL, true) : NULL;

@@ -401,7 +401,7 @@ static void feed(struct conn *c, slice s, size_t step) {
 /* A client is in its rooms as they have it, speaks in one of them, and has the inbox of its user. */
 static void check_client(const struct client *cl) {
     bool seat = cl->seat == NULL, inbox = cl->more->inbox == NULL;
-    if (cl->c->state != cl || cl->mark > backend.set.mark || (cl->more->inbox == NULL) != (cl->more->uid == NULL)) abort();
+    if (cl->c->state != cl || (cl->more->inbox == NULL) != (cl->more->uid == NULL)) abort();
     for (const struct member *m = cl->c->joined; m != NULL; m = m->also) {
         const struct member *in = m->room->first;
         while (in != NULL && in != m) in = in->next;
@@ -417,10 +417,14 @@ static void check_client(const struct client *cl) {
     if (!php_valid(session, backend.key.len > 0) && memchr(session.p, ':', session.len) != NULL) abort();
 }
 
-/* Who is in a room knows of it; peers are all there, and have as many clients as say so. */
+/* Who is in a room knows of it; peers are all there, and have as many clients as say so. Who is
+ * `listed` is in the set of clients, and nobody else is. */
 static void check_backend(void) {
     if (opt.apns != NULL) check_push();
     uint32_t workers = 0;
+    size_t listed = 0;
+    for (size_t i = 0; i < backend.set.n; i++) listed += backend.set.client[i]->listed;
+    if (listed != backend.set.n) abort();
     for (const struct peer *p = backend.peers; p != NULL; p = p->next) {
         uint32_t served = 0;
         if (p->c->state != p || loop.conn[p->c->slot] != p->c) abort();
@@ -437,9 +441,10 @@ static void check_backend(void) {
         const struct client *cl = chat.clients.slot[i];
         if (cl == NULL) continue;
         check_client(cl);
+        listed -= cl->listed;
         if (cl->more->worker != NULL) workers--;
     }
-    if (workers != 0) abort();   /* a worker that is none */
+    if (workers != 0 || listed != 0) abort();   /* a worker that is none; a client that is gone */
     for (size_t i = 0; i < rooms.by_name.cap; i++) {
         const struct room *r = rooms.by_name.slot[i];
         const struct member *last = NULL;

@@ -1536,7 +1536,7 @@ static struct conn *chatter(int i) {
     return c;
 }
 
-/* --rate 50 --burst 100: below no tokens an error, below -100 the end. */
+/* --rate 50 --burst 100: past 100 ahead of the clock an error, past 200 the end. */
 static void test_rate(void) {
     static const struct {
         unsigned wait_ms, messages, pongs;   /* of these */
@@ -1570,7 +1570,6 @@ static void test_rate(void) {
     c = chatter(0);
     struct client *cl = c->state;
     for (unsigned n = 0; n < 3000; n++) CHECK(chat_allow(cl), "--rate 0: message %u is refused", n);
-    CHECK(cl->tokens >= -2000 * (int32_t)opt.burst, "--rate 0: tokens fall until they overflow");
     wire_close(c);
 }
 
@@ -1851,7 +1850,6 @@ static void test_replay(void) {
     history_init(dir);
     struct conn *ann = chatter(0), *bob = chatter(1);
     chat_message(ann, S("{\"type\":\"login\",\"client_name\":\"Ann\",\"room_id\":\"r\"}"));
-    ((struct client *)ann->state)->tokens = 1000000;
     opt.burst = 1000;
     for (int i = 0; i < 100; i++) {
         snprintf(text, sizeof text, "{\"type\":\"say\",\"to_client_id\":\"all\",\"content\":\"%01000d\"}", i);
