@@ -5888,7 +5888,19 @@ struct peer {
     int64_t heard_ms;      /* when its last packet came, or it itself */
 };
 
-/* `accepted` of both; the listener's state is the protocol. */
+/* Who goes if there are too many: the oldest stranger; else who has not asked for anything for longest,
+ * since PHP keeps connections, and makes a new one if that has gone; or else the newcomer. */
+static struct peer *peer_least(struct peer *newcomer) {
+    struct peer *goes = newcomer;
+    for (struct peer *p = backend.peers; p != newcomer && (goes == newcomer || goes->known); p = p->next) {
+        bool stays = p->c->closing || (p->known && (!p->gateway || p->worker));
+        if (!stays && (goes == newcomer || !p->known || p->heard_ms < goes->heard_ms)) goes = p;
+    }
+    return goes;
+}
+
+/* `accepted` of both; the listener's state is the protocol. Who is to go is heard first: what has come
+ * may be the secret, and an order; then it may be another who goes. */
 static void peer_accepted(struct conn *l, struct conn *c) {
     struct peer *peer = c->state = xcalloc(sizeof *peer), **at = &backend.peers;
     c->proto = l->state;
@@ -5901,13 +5913,8 @@ static void peer_accepted(struct conn *l, struct conn *c) {
     for (; *at != NULL; at = &(*at)->next) older++;
     *at = peer;
     if (older < PEERS_MAX) return;
-    /* The oldest stranger goes; else who has not asked for anything for longest, since PHP keeps
-     * connections, and makes a new one if that has gone; or else the newcomer. */
-    struct peer *goes = peer;
-    for (struct peer *p = backend.peers; p != peer && (goes == peer || goes->known); p = p->next) {
-        bool stays = p->c->closing || (p->known && (!p->gateway || p->worker));
-        if (!stays && (goes == peer || !p->known || p->heard_ms < goes->heard_ms)) goes = p;
-    }
+    struct peer *goes, *heard = NULL;
+    while ((goes = peer_least(peer)) != heard && goes != peer) conn_read((heard = goes)->c);
     conn_lost(goes->c, "too many connections of back ends");
 }
 
@@ -6032,6 +6039,7 @@ static ssize_t join_feed(struct conn *c, char *p, size_t n) { return (void)c, (v
 /* `closed`: the register forgets us at once, and we come back in a second. */
 static void join_closed(struct conn *c) {
     c->eof = true;
+    backend.join.attempt += !c->spoke;   /* it was never connected: try its next address */
     backend.joined = NULL;
     backend.join_ms = now.ms + REJOIN_MS;
     log_warn("--join %s: %s; trying again", opt.join, c->why);

@@ -1282,6 +1282,23 @@ def connections_that_are_kept(name, key):
         check(worker.ask(COUNT_BY_GROUP) == "i:0;")
 
 
+@case(rows=[("without a key", None), ("with a key", "sekret")])
+def orders_in_a_full_house(name, key):
+    """There are as many connections as may be. Those who come at the same time, and order something, are heard all the same."""
+    with Server(*BOTH) if key is None else keyed(key) as s:
+        kept = [Inner(s, key).fence() for _ in range(KEPT)]
+        people = [join(s, new_room(), "Ann") for _ in range(40)]
+        os.kill(s.process.pid, signal.SIGSTOP)
+        os.waitpid(s.process.pid, os.WUNTRACED)
+        for i, person in enumerate(people):   # also one that was kept, and is the next to go
+            inner = kept[KEPT - 256] if i == 0 else Inner(s, key)
+            inner.tell(SEND_TO_ONE, person, body='{"type": "order"}')
+            inner.close()
+        os.kill(s.process.pid, signal.SIGCONT)
+        for person in people:
+            person.expect("order")
+
+
 @case()
 def objects_need_a_key():
     """Who has the key may keep objects; references and the like nobody."""

@@ -788,6 +788,20 @@ static void test_dial_feed(void) {
     }
 }
 
+/* A register is looked for at its next address when there was no connection, and only then. */
+static void test_join_next(void) {
+    for (int connects = 0; connects < 2; connects++) {
+        uint32_t before = backend.join.attempt;
+        struct conn *c = wire_open(0, &join_proto, NULL);
+        wires[0].takes = connects ? SIZE_MAX : 0;
+        join_opened(c, NULL);
+        conn_touch(c), loop_settle();
+        conn_lost(c, "connection reset"), loop_settle();
+        CHECK(backend.join.attempt == before + !connects, "connected %d: %u to %u", connects, before, backend.join.attempt);
+        check_empty();
+    }
+}
+
 /* A passphrase that does not fit is none; without one OpenSSL must not ask at the terminal. */
 static void test_passphrase(void) {
     char text[8] = "......", phrase[] = "1234";
@@ -2983,7 +2997,7 @@ static const struct {
 } tests[] = {
     TEST(slices), TEST(numbers), TEST(buffers), TEST(log), TEST(utf8), TEST(utf8_exhaustive),
     TEST(json), TEST(json_wrong), TEST(json_depth), TEST(json_pick), TEST(json_text), TEST(json_each),
-    TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(dial), TEST(dial_feed), TEST(passphrase), TEST(cidr), TEST(origins), TEST(callers),
+    TEST(json_quote), TEST(html), TEST(tables), TEST(addresses), TEST(dial), TEST(dial_feed), TEST(join_next), TEST(passphrase), TEST(cidr), TEST(origins), TEST(callers),
     TEST(http), TEST(http_late), TEST(http_turns), TEST(forwarded), TEST(frames), TEST(frame_sizes),
     TEST(rooms_memory), TEST(rooms_stop), TEST(rooms_except), TEST(rooms_slow), TEST(rooms_many), TEST(rooms_random),
     TEST(room_get), TEST(rooms_order),
