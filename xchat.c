@@ -6120,16 +6120,21 @@ static struct member *gateway_join(struct client *cl, struct room *r, size_t kep
 }
 
 /* Replaces the session, and has the chat go by it: room and name are what it says. The client is
- * not taken out of the room it was in, since that is a group for PHP, and nobody said so. */
+ * not taken out of the room it was in, since that is a group for PHP, and nobody said so; nor put
+ * back into it, if somebody took it out, because a worker sends the whole session after each event. */
 static void session_set(struct client *cl, slice session) {
-    slice pairs = php_inside(session), name = session_value(pairs, S("s:11:\"client_name\";")).text;
+    slice pairs = php_inside(session);
+    struct php name = session_value(pairs, S("s:11:\"client_name\";"));   /* may be empty, as at a login */
     struct php room = session_value(pairs, S("s:7:\"room_id\";"));
-    bool good = name.len > 0 && name.len <= (size_t)6 * NAME_MAX_BYTES && utf8_valid(name) && is_text(name, ' ', ' ');
+    bool good = name.type != 'N' && name.text.len <= (size_t)6 * NAME_MAX_BYTES && utf8_valid(name.text) &&
+                is_text(name.text, ' ', ' ');
     struct room *r = good ? group_open(room.text) : NULL;
+    slice old = session_value(php_inside(buf_slice(&cl->more->session)), S("s:7:\"room_id\";")).text;
+    bool out = cl->seat == NULL && cl->named && slice_eq(old, room.text);   /* it was taken out of this one */
     size_t kept = cl->more->inbox == NULL;   /* a place for that, as at a login */
-    cl->seat = r != NULL ? gateway_join(cl, r, kept) : NULL;
+    cl->seat = r == NULL ? NULL : out ? room_member(r, cl->c) : gateway_join(cl, r, kept);
     cl->number_room = room.type == 'i';
-    if (cl->seat != NULL) client_rename(cl, name);
+    if (cl->seat != NULL) client_rename(cl, name.text);
     session_keep(cl, session);
 }
 
@@ -6256,11 +6261,12 @@ static bool packet_message(const struct packet *p, slice *message) {
 static void gateway_send(const struct packet *p) {
     struct set *set = set_new();
     bool raw = (p->flag & AS_IT_IS) != 0, all = p->cmd == SEND_TO_ALL, users = p->cmd == SEND_TO_UID;
-    slice message, name, json = ext_json(p->ext), chosen = all ? ext_list(json, "connections") : S("");
+    slice message, name, json = ext_json(p->ext), chosen = all ? ext_field(json, "connections") : S("");
+    bool some = chosen.len > 0;   /* and be it "[]" */
     if (!packet_message(p, &message)) return;
-    set_add_numbers(set, chosen.len > 0 ? chosen : ext_list(json, "exclude"));
-    size_t first = chosen.len > 0 ? 0 : set->n;   /* behind those who are excluded */
-    if (all && chosen.len == 0) set_add_all(set);
+    set_add_numbers(set, some ? ext_inside(chosen) : ext_list(json, "exclude"));
+    size_t first = some ? 0 : set->n;   /* behind those who are excluded */
+    if (all && !some) set_add_all(set);
     for (size_t i = first; all && i < set->n; i++) client_tell(set->client[i], message, raw);
     if (all) return;
     for (slice rest = users ? ext_inside(json) : ext_list(json, "group"); ext_each(&rest, &name);) {
@@ -6284,7 +6290,7 @@ static void gateway_leave(struct client *cl, struct member *m) {
     if (client_phone(cl) != NULL) push_part(cl->more->phone, room_key(m->room));
     if (cl->seat == m) {
         session_get(cl);
-        if (cl->more->worker == NULL) chat_leave(cl);   /* others hear of it */
+        if (!cl->taken || worker_next(NULL, true) == NULL) chat_leave(cl);   /* others hear of it */
         else cl->seat = NULL, room_leave(m);
     } else room_leave(m);
 }

@@ -823,7 +823,7 @@ def long_and_binary_text(s):
 
 @gateway()
 def twice_for_two(s):
-    """Once for each group or uid that is named; those excluded get nothing, whatever is the form of it."""
+    """Once for each group or uid that is named; those excluded get nothing, whatever is the form of it, nor do no connections."""
     ann, bob = join(s, "a", "Ann"), join(s, "b", "Bob")
     inner = Inner(s)
     inner.tell(JOIN_GROUP, ann, "b")
@@ -836,6 +836,8 @@ def twice_for_two(s):
     his = {"1": number(bob)}
     inner.tell(SEND_TO_ALL, ext=json.dumps({"connections": his, "exclude": his}), body="5")
     inner.tell(SEND_TO_ALL, ext=json.dumps({"exclude": his}), body="6")
+    for none in [], {}:
+        inner.tell(SEND_TO_ALL, ext=json.dumps({"connections": none}), body="7")
     hears(inner, ann, *"111446")
     hears(inner, bob, *"112445")
 
@@ -995,6 +997,10 @@ def taken_out_of_ones_room(s):
     ann.say("hello")
     ann.expect_error("not_logged_in")
     check("Ann" in inner.session(ann), "the session is kept")
+    inner.tell(UPDATE_SESSION, ann, php({"vip": True}))   # names no room: it stays out
+    check(inner.ask(COUNT_BY_GROUP, ext="room") == "i:1;", "it is in the room again")
+    ann.say("hello")
+    ann.expect_error("not_logged_in")
     inner.tell(KICK, ann, body="N;", flag=0)
     ann.expect_close(4001)
     check(inner.ask(IS_ONLINE, ann) == "i:0;")
@@ -1396,6 +1402,11 @@ def sessions_of_the_chat(s):
     inner.fence()
     clients[0].login("Ann", "other")
     check('"other"' in inner.session(clients[0]), "after another login", inner.session(clients[0]))
+    clients[0].login("", "nameless")
+    inner.tell(UPDATE_SESSION, clients[0], php({"vip": False}))
+    inner.fence()
+    clients[0].say("still here")
+    clients[0].expect("say", content="still here", from_client_name="")
 
 
 @gateway()
@@ -1576,9 +1587,31 @@ def workers_take_out(s):
     worker.tell(LEAVE_GROUP, ann.conn, "room")
     check(worker.ask(COUNT_BY_GROUP, ext="room") == "i:1;", "it is in the room still")
     check(worker.session(ann.conn) == session, worker.session(ann.conn))
+    worker.tell(SET_SESSION, ann.conn, php({"room_id": "room", "client_name": "Ann", "n": 1}))   # after an event
     early.say("alone")
     early.expect("say", content="alone")
     expect_nothing(early, ann)
+    worker.tell(SET_SESSION, ann.conn, session.replace('"room"', '"next"'))
+    check([worker.ask(COUNT_BY_GROUP, ext=room) for room in ("room", "next")] == ["i:1;", "i:1;"], "another is entered")
+
+
+@gateway()
+def workers_take_over_who_leaves(s):
+    """A worker goes, and its clients have no other before something happens to them: the chat does not speak for them."""
+    early, one, two = join(s, "room", "Early"), Worker(s, "w:1").fence(), Worker(s, "w:2").fence()
+    ann, session = one.newcomer(), php({"room_id": "room", "client_name": "Ann"})
+    one.tell(SET_SESSION, ann.conn, session)
+    one.fence()
+    one.close()
+    Inner(s).fence().fence()
+    two.tell(LEAVE_GROUP, ann.conn, "room")
+    two.fence()
+    early.say("alone")
+    early.expect("say", content="alone")
+    expect_nothing(early)
+    check(two.session(ann.conn) == session, two.session(ann.conn))
+    ann.send(frame(TEXT, "hello"))
+    check(two.event(ON_MESSAGE, ann).ext == session)
 
 
 @gateway()

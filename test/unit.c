@@ -2971,6 +2971,28 @@ static void test_pending(void) {
     check_empty();
 }
 
+/* A worker leaves before it is gone: its client is the other's then, and counted there alone, also when it ends. */
+static void test_worker_leaves(void) {
+    struct conn listener = {.state = (void *)(uintptr_t)&gateway_proto}, *c[2];
+    struct client *cl = chatter(2)->state;
+    struct peer *peer[2];
+    for (int i = 0; i < 2; i++) {
+        peer_accepted(&listener, c[i] = wire_open(i, NULL, NULL));
+        peer[i] = c[i]->state;
+        peer[i]->worker = true;
+    }
+    cl->taken = true;
+    worker_event(cl, ON_MESSAGE, S("one"));
+    CHECK(peer[0]->clients == 1 && peer[1]->clients == 0, "at first: %u, %u", peer[0]->clients, peer[1]->clients);
+    conn_close(c[0], "it leaves");
+    worker_event(cl, ON_MESSAGE, S("two"));
+    CHECK(peer[0]->clients == 0 && peer[1]->clients == 1, "it left: %u, %u", peer[0]->clients, peer[1]->clients);
+    wire_close(cl->c);
+    CHECK(peer[1]->clients == 0, "the client ended: %u", peer[1]->clients);
+    for (int i = 0; i < 2; i++) wire_close(c[i]);
+    check_empty();
+}
+
 /* The golden header block of a request. */
 static void test_h2_block(void) {
     unsigned char hash[SHA256_DIGEST_LENGTH];
@@ -3005,7 +3027,7 @@ static const struct {
     TEST(base64url), TEST(pass_rfc), TEST(pass), TEST(pass_forged), TEST(who), TEST(identify),
     TEST(token), TEST(html_text), TEST(binary), TEST(jwt), TEST(hpack), TEST(h2_block), TEST(push_who), TEST(push_alert),
     TEST(push_limits), TEST(push_again), TEST(gate_failed), TEST(binary_tick), TEST(push_answers), TEST(h2_errors), TEST(device_read), TEST(jwt_read),
-    TEST(push_absent), TEST(pending),
+    TEST(push_absent), TEST(pending), TEST(worker_leaves),
     TEST(php_valid), TEST(php_depth), TEST(php_key), TEST(php_json), TEST(php_merge), TEST(form), TEST(option_ranges),
     TEST(option_forms),
 };
