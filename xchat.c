@@ -6470,10 +6470,18 @@ static void form_decode(slice s, struct buf *b) {
 /* Takes a pair "name=value" off a form, a query or cookies, and decodes both. False: there is none. */
 static bool form_each(slice *rest, char mark, struct buf *name, struct buf *value) {
     if (rest->len == 0) return false;
-    slice pair = slice_trim(slice_split(rest, mark)), head = slice_split(&pair, '=');
+    while (php_skip(rest, ' ')) continue;   /* behind the ';' of a cookie; at the end they belong to the value */
+    slice pair = slice_split(rest, mark), head = slice_split(&pair, '=');
     form_decode(head, name);
     form_decode(pair, value);
     return true;
+}
+
+/* The name that PHP's variables have then: no blanks in front, and others, and dots, as '_'. */
+static void php_rename(struct buf *name) {
+    while (name->len > 0 && name->p[name->off] == ' ') buf_drop(name, 1);
+    for (size_t i = name->off; i < name->off + name->len && name->p[i] != '['; i++)
+        if (name->p[i] == ' ' || name->p[i] == '.') name->p[i] = '_';
 }
 
 /* Appends such pairs as a PHP array; those without a name are left out, as PHP does. */
@@ -6481,6 +6489,7 @@ static void php_form(struct buf *b, slice rest, char mark) {
     struct buf name = {0}, value = {0};
     size_t start = b->len, n = 0;
     while (form_each(&rest, mark, &name, &value)) {
+        php_rename(&name);
         if (name.len == 0) continue;
         php_key(b, buf_slice(&name));
         php_string(b, buf_slice(&value));
@@ -6871,6 +6880,8 @@ static bool api_join(void) {
 static bool api_kick(void) {
     struct set *set = set_new();
     if (api.given[A_CLIENT] == api.given[A_UID]) return api_bad("one of client_id and uid is needed");
+    if (api.value[A_MESSAGE].len > opt.max_message || api.raw.len > opt.max_message)
+        return api_fail("413 Content Too Large", "too_long", "message is over --max-message (%u)", opt.max_message);
     if (api.given[A_UID]) set_add_room(set, S("users/"), api_value(A_UID));
     else set_add(set, api_client());
     if (api.given[A_CLIENT] && set->n == 0) return false;

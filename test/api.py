@@ -388,6 +388,8 @@ def forms(s):
     said(ann.message(), "hi")
     parsed(ask(s, post("send", "room=a+b%2Bc%26%E9%A3%9E&message=5%+%zz+%4", type=FORM)), 200)
     said(ann.message(), "5% %zz %4")   # as PHP reads what is no escape
+    parsed(ask(s, post("send", " room=a+b%2Bc%26%E9%A3%9E&message= as it is  ", type=FORM)), 200)   # curl -d encodes nothing
+    said(ann.message(), " as it is  ")
     for body in ("", "%", "room", "room=&message=x", "room=1&message=%ff", "room=%C0%80&message=x", "Room=1&message=x",
                  "%72oom%=1&message=x", "room=1&message=%ed%a0%80", "room=1;message=x"):
         answer = ask(s, post("send", body, type=FORM))
@@ -694,6 +696,8 @@ def too_many_rooms(s):
 def kick(s):
     """A last word, as it is, then 4001 and the end; the room hears a logout."""
     ann, bob, cy, dora = join(s, "1", "Ann", "Bob", "Cy", "Dora")
+    for long in "x" * 65537, {"text": "x" * 65530}:   # over --max-message: nobody is kicked
+        parsed(ask(s, post("kick", {"client_id": bob.id, "message": long})), 413, "too_long")
     check(good(s, "kick", client_id=bob.id, message="<b>bye</b> 再见") == {"kicked": 1})
     check((got := raw_text(bob)) == "<b>bye</b> 再见".encode(), "the last word came as", got)
     bob.expect_close(4001)

@@ -1535,6 +1535,20 @@ def pairs_without_a_name(s, name, target, cookie):
 
 
 @gateway()
+def names_as_php_has_them(s):
+    """Dots and blanks in names are '_' in $_GET and $_COOKIE; blanks in front, and names of nothing else, are not there."""
+    worker, client = Worker(s, "w:1").fence(), Http(s)
+    client.send(get("/?a.b=c.d&%20+x+y=+z&+=1&k[a.b]=1", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+                    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "Cookie: connect.sid=s.1; b=2"))
+    worker.event(ON_CONNECT)
+    body = worker.event(ON_HANDSHAKE).body.decode()
+    check(body.startswith('a:3:{s:3:"get";' + php({"a_b": "c.d", "x_y": " z", "k[a.b]": "1"})), body)
+    check(body.endswith('s:6:"cookie";' + php({"connect_sid": "s.1", "b": "2"}) + "}"), body)
+    client.close()
+    worker.event(ON_CLOSE)
+
+
+@gateway()
 def workers_share(s):
     """Who has the fewest clients gets the next; if it leaves another takes over, and at last the chat itself."""
     early = join(s, "room", "Early")
