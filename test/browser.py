@@ -301,6 +301,8 @@ def name_form(ann, bob, server, room):
     same(ann.js("return document.activeElement.id"), "name", "what has the focus")
     ann.press(ann.ESCAPE)       # without a name there is nothing to go back to: it asks again
     until(lambda: ann.js("return document.getElementById('hello').open"), "the form after Escape")
+    ann.type("#name", "\u3000")  # the space of a Chinese keyboard is no name either
+    same(ann.js("return document.getElementById('name').checkValidity()"), False, "a name of nothing but spaces")
     ann.type("#name", "Ann" + ann.ENTER)
     until(ann.online, "Ann online")
     same(ann.members(), ["Ann"], "members")
@@ -727,6 +729,49 @@ def narrow_screen(ann, bob, server, room):
     finally:
         ann.cdp("Emulation.clearDeviceMetricsOverride")
         guest.close()
+
+
+@case
+def long_names(ann, bob, server, room):
+    """Names as long as they may be leave the place to what is said."""
+    room += "-" + "r" * 100
+    ann.enter("W" * 64, room)
+    guest = Guest(server.port, "M" * 64, room)
+    until(lambda: len(ann.members()) == 2, "the guest in the list")
+    ann.click("#members button:enabled")
+    for width, height in (1000, 700), (320, 560):
+        ann.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 700)
+        try:
+            until(lambda: ann.js("return innerWidth === arguments[0]", width), "that width")
+            talk, bottom = ann.js("const [t, s] = ['talk', 'send'].map(id => document.getElementById(id)"
+                                  ".getBoundingClientRect()); return [t.height, s.bottom]")
+            same((talk > 0.4 * height, bottom <= height), (True, True), "talk %r, bottom %r" % (talk, bottom))
+        finally:
+            ann.cdp("Emulation.clearDeviceMetricsOverride")
+    guest.close()
+    ann.enter("Ann", room)      # the later cases want the plain name
+
+
+@case
+def nothing_can_be_remembered(ann, bob, server, room):
+    """Where the browser's storage is full, or there is none (in a WebView, say), one can talk all the same."""
+    ann.open()
+    ann.js("for (let n = 1 << 22; n >= 1; n /= 2) try { for (let i = 0;; i++) localStorage[n + '-' + i] = 'x'.repeat(n); }"
+           " catch (e) { }")
+    try:
+        ann.enter("Ann with a long name", room)
+        ann.say("full")
+        ann.sees("full", ".own:not(.pending) .text")
+    finally:
+        ann.js("localStorage.clear()")
+    hidden = ann.cdp("Page.addScriptToEvaluateOnNewDocument",
+                     source="Object.defineProperty(window, 'localStorage', { value: null })")
+    try:
+        ann.enter("Ann", room)
+        ann.say("none")
+        ann.sees("none", ".own:not(.pending) .text")
+    finally:
+        ann.cdp("Page.removeScriptToEvaluateOnNewDocument", **hidden)
 
 
 @case
