@@ -433,6 +433,33 @@ def room_switch(ann, bob, server, room):
 
 
 @case
+def room_comes_in_pieces(ann, bob, server, room):
+    """From far down in one room to a shorter one, of which much was missed: one sees its end."""
+    short, texts = room + "-short", ["x" * 200 + " %d" % i for i in range(300)]
+    ann.enter("Ann", short)
+    ann.say("only line")
+    ann.sees("only line", ".own:not(.pending) .text")
+    guests = [Guest(server.port, "Carl", name) for name in (short, room)]
+    ann.js("go(want.name, arguments[0])", room)
+    until(lambda: ann.text("#where") == "Room " + room and ann.online(), "the other room")
+    for text in texts:
+        for guest in guests:
+            guest.say(text)
+            guest.read("say")
+    ann.sees(texts[-1])
+    ann.js("const real = ws.onmessage, held = []; go(want.name, arguments[0]); ws.onmessage = e => {"
+           "  held.push(e); if (!e.data.includes('\"history\"') || !e.data.endsWith('\"more\":false}')) return;"
+           "  const frame = requestAnimationFrame; ws.onmessage = real; real(held.shift());"
+           "  frame(() => setTimeout(() => { real(held.shift());"   # the first piece, when the room was drawn without
+           "    frame(() => frame(() => held.forEach(real))); })); }", short)
+    until(lambda: ann.text("#where") == "Room " + short and texts[-1] in ann.lines() and ann.online(), "all of it")
+    until(lambda: ann.js("const t = document.getElementById('talk');"
+                         "return t.scrollHeight - t.scrollTop - t.clientHeight < 2"), "the end")
+    for guest in guests:
+        guest.close()
+
+
+@case
 def unread_title(ann, bob, server, room):
     meet(ann, bob, room)
     plain = ann.js("return document.title")
@@ -532,11 +559,15 @@ def history_on_join(ann, bob, server, room):
                          "return t.scrollHeight - t.scrollTop - t.clientHeight < 2"), "the end")
     ann.say("and I")
     ann.sees("and I", ".own:not(.pending) .text")
-    # Scrolling up brings older ones, and what one is reading stays where it is.
-    ann.js("sent = []; const send = post; post = m => { sent.push(m.type); send(m); }")
+    # What cannot be read now is not the end. Scrolling up brings older ones, and what one is reading stays where it is.
+    # (It may ask more than once: what the log's new size leads to may come only after we have scrolled.)
+    ann.js("[refused, sent] = [0, []]; const send = post; post = m => refused < 0 || m.type !== 'history' ? (sent.push(m.type),"
+           "send(m)) : (refused++, on.error({ code: 'storage', message: 'No.', ref: m.ref }));")
+    scroll(ann, 50)
+    until(lambda: ann.js("return refused > 0"), "a request")
     place = ("return [...document.querySelectorAll('#talk .text')]"
              ".find(e => e.innerText === 'line 80').getBoundingClientRect().top")
-    before = ann.js("document.getElementById('talk').scrollTop = 100;" + place)
+    before = ann.js("refused = -1; document.getElementById('talk').scrollTop = 100;" + place)
     until(lambda: len(ann.lines()) == 101, "50 older ones")
     same(abs(ann.js(place) - before) < 2, True, "line 80 is where it was")
     for number in range(5):     # there are only 30 more, and then the page does not ask again
@@ -829,9 +860,52 @@ def long_log_and_crowd(ann, bob, server, room):
     until(lambda: ann.js("return atEnd"), "the page to notice that Ann is at the end")
     guests[1].say("seen")
     until(lambda: len(ann.lines()) <= 500 and ann.lines()[-1] == "seen", "a capped log again")
+    # Older ones that come when those they were for have been cut off are not put in front of the rest.
+    scroll(ann, 2000)
+    until(lambda: not ann.js("return atEnd"), "the page to notice the scrolling")
+    while len(ann.lines()) < 600:
+        shown = len(ann.lines())
+        scroll(ann, 0)
+        until(lambda: len(ann.lines()) > shown, "older ones")
+    scroll(ann, 1000)
+    ann.js("held = []; real = ws.onmessage;"
+           "ws.onmessage = e => { if (JSON.parse(e.data).type === 'history') held.push(e); else real(e); }")
+    scroll(ann, 0)
+    until(lambda: ann.js("return held.length"), "an answer")
+    scroll(ann, 1000000)
+    until(lambda: ann.js("return atEnd"), "the page to notice that Ann is at the end")
+    guests[1].say("and again")
+    until(lambda: len(ann.lines()) <= 500, "a capped log once more")
+    ann.js("ws.onmessage = real; held.forEach(real)")
+    texts += ["seen", "and again"]
+    same([pair for pair in zip(reversed(ann.lines()), reversed(texts)) if pair[0] != pair[1]][:1], [], "difference")
+    while len(ann.lines()) < 600:
+        shown = len(ann.lines())
+        scroll(ann, 0)
+        until(lambda: len(ann.lines()) > shown, "older ones, asked for again")
     for guest in guests:
         guest.close()
     until(lambda: ann.members() == ["Ann"], "all gone")
+
+
+@case
+def long_and_short_lines(ann, bob, server, room):
+    """When a long line is cut off, the log gets shorter; one is at its end all the same, whatever comes next."""
+    ann.enter("Ann", room)
+    guest, text = Guest(server.port, "Carl", room), "w" + " w" * 700
+    for i in range(510):
+        guest.say(text if i % 2 else "short")
+    guest.say("last")
+    until(lambda: ann.lines()[-1:] == ["last"] and ann.js("return atEnd && log.box.children.length === 500"), "all")
+    ann.js("const d = { from_client_name: 'Carl', to_client_id: 'all', time: '2026-01-01 00:00:00' };"
+           "const say = content => on.say({ ...d, content });"
+           "const first = () => log.box.children[0].innerText.length; while (first() < 500) say('short');"
+           "requestAnimationFrame(() => requestAnimationFrame(() => { say('short');"
+           "  setTimeout(() => say(arguments[0])); }))", text)     # when that was drawn, and before its scroll event
+    until(lambda: ann.lines()[-1] == text, "the long one")
+    until(lambda: ann.js("const t = document.getElementById('talk');"
+                         "return t.scrollHeight - t.scrollTop - t.clientHeight < 2"), "the end")
+    guest.close()
 
 
 @case
