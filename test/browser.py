@@ -9,6 +9,7 @@ one, Bob's), and drives them through chromedriver's plain HTTP interface. For ea
 here sleeps for a fixed time: every step waits for what it needs, up to a deadline.
 """
 import base64
+import contextlib
 import hashlib
 import http.client
 import json
@@ -22,6 +23,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -506,10 +508,14 @@ def errors_are_shown(ann, bob, server, room):
 @case
 def message_over_the_limit(ann, bob, server, room):
     meet(ann, bob, room)
+    old = ann.js("const old = me; ws.close(); return old")
+    until(lambda: ann.online() and ann.js("return me") != old, "being online again")
     ann.js("document.getElementById('text').value = 'x'.repeat(9000)")
     ann.type("#text", ann.ENTER)
     until(lambda: "Not sent: " in (ann.text(".line .why") or ""), "the sign that it was not sent")
     until(lambda: ann.text("#status"), "the reason for the closing")
+    closed = ann.js("dispatchEvent(new Event('online')); return ws.readyState")
+    same(closed, 3, "the connection, when there is a network again")
     same(ann.js("return document.getElementById('retry').checkVisibility()"), True, "a way back")
     ann.click("#retry")
     until(ann.online, "Ann online again")
@@ -631,6 +637,89 @@ def lost_receipt(ann, bob, server, room):
 
 
 @case
+def said_before_going_on(ann, bob, server, room):
+    """What was under way when the connection ended is said in its own room, also by who has gone to another meanwhile."""
+    meet(ann, bob, room)
+    ann.say("first")            # so that both have something to resume from
+    bob.sees("first")
+    server.freeze()
+    ann.say("only for this room")
+    ann.sees("only for this room", ".own.pending .text")
+    ann.js("const real = login, other = arguments[0];"     # a click when the login is sent and not answered yet
+           "login = () => { login = real; real(); go(want.name, other); }", room + "-other")
+    server.stop(signal.SIGKILL)
+    server.start()
+    until(lambda: ann.text("#where") == "Room %s-other" % room and ann.online(), "Ann in the other room", 10)
+    until(lambda: ann.lines() or "only for this room" in bob.lines(), "the message, somewhere")
+    same((ann.lines(), bob.lines()), ([], ["first", "only for this room"]), "what is in the other room, and in this one")
+    ann.js("go(want.name, arguments[0])", room)
+    until(lambda: ann.text("#where") == "Room " + room and ann.online(), "Ann in the first room again")
+    for who in (ann, bob):
+        who.js("tries = 0")     # so much went wrong here that they would wait for long
+    server.freeze()
+    ann.say("and this")
+    ann.sees("and this", ".own.pending .text")
+    ann.js("heard -= 80000; watch(); go(want.name, arguments[0])", room + "-other")     # a click while she is offline
+    server.stop(signal.SIGKILL)
+    server.start()
+    until(lambda: ann.text("#where") == "Room %s-other" % room and ann.online(), "Ann in the other room", 10)
+    until(bob.online, "Bob online again", 10)
+    bob.sees("and this")
+    ann.js("go(want.name, arguments[0])", room)
+    until(lambda: ann.text("#where") == "Room " + room and ann.online(), "Ann in the first room once more")
+    server.freeze()
+    ann.say("refused")
+    ann.sees("refused", ".own.pending .text")
+    ann.js("heard -= 80000; watch(); tries = 0; here.name = 'x'.repeat(65); go('Ann', arguments[0])", room + "-other")
+    server.stop(signal.SIGKILL)
+    server.start()              # who is not let in there any more is where she wants to be all the same
+    until(lambda: ann.text("#where") == "Room %s-other" % room and ann.online(), "Ann in the other room", 10)
+    same(ann.js("return [...logs.get(arguments[0]).box.querySelectorAll('.why')].length", room), 1, "the sign at it")
+
+
+@case
+def refused_room_given_up(ann, bob, server, room):
+    """Who is refused in another room, loses the connection and gives that room up, is in the room before again."""
+    ann.enter("Ann", room)
+    ann.js("go(want.name, 'x'.repeat(200))")
+    until(lambda: ann.text("#why") and ann.online(), "the refusal")
+    ann.js("ws.close()")
+    until(lambda: ann.text("#status") == ann.text("#why"), "the same when it is back")
+    ann.press(ann.ESCAPE)
+    until(ann.online, "Ann online again")
+    same((ann.text("#where"), ann.members(), ann.text("#status")), ("Room " + room, ["Ann"], ""), "where she is")
+
+
+@case
+def wishes_in_a_hurry(ann, bob, server, room):
+    """Who wishes something while the answer to another wish is under way gets it, whatever the answer is."""
+    ann.enter("Ann", room)
+    server.freeze()
+    ann.js("go(want.name, 'x'.repeat(200)); go(want.name, arguments[0])", room + "-a")
+    server.thaw()
+    until(lambda: ann.text("#where") == "Room %s-a" % room and ann.online(), "the last room, after one that is refused")
+    same(ann.js("return document.getElementById('hello').open"), False, "a form")
+    server.freeze()
+    ann.js("go(want.name, arguments[0])", room + "-b")
+    ann.click("#me")            # a form opened and given up takes nothing back
+    ann.press(ann.ESCAPE)
+    until(lambda: not ann.js("return document.getElementById('hello').open"), "the form closed")
+    server.thaw()
+    until(lambda: ann.text("#where") == "Room %s-b" % room and ann.online() and ann.js("return !asked"), "room b")
+    server.freeze()
+    ann.js("go(want.name, 'x'.repeat(200))")
+    ann.click("#me")
+    ann.js("document.getElementById('name').value = ''")
+    ann.type("#name", "Anna")
+    server.thaw()
+    until(lambda: ann.text("#why"), "the refusal in the open form")
+    same(ann.js("return document.getElementById('name').value"), "Anna", "what was typed in it")
+    ann.press(ann.ESCAPE)
+    until(lambda: not ann.js("return document.getElementById('hello').open"), "the form closed again")
+    same((ann.text("#me"), ann.text("#where"), ann.online()), ("Ann", "Room %s-b" % room, True), "who and where she is")
+
+
+@case
 def private_is_not_repeated(ann, bob, server, room):
     """The client id that a private message was for is gone with the connection."""
     meet(ann, bob, room)
@@ -660,6 +749,25 @@ def storage_error(ann, bob, server, room):
     ann.click(".line .why button")
     same((ann.js("return document.getElementById('text').value"), ann.lines()), ("for ever", []),
          "the message back in the composer")
+
+
+@case
+def storage_that_comes_back(ann, bob, server, room):
+    """Whose room cannot be read after a restart comes in by herself when it can."""
+    meet(ann, bob, room)
+    ann.say("one")
+    bob.sees("one")
+    server.stop(signal.SIGKILL)
+    folder = os.path.join(server.data, "rooms", room)
+    os.rename(folder, folder + "-away")
+    os.symlink(room, folder)    # leads nowhere, but is there
+    server.start()
+    until(lambda: "cannot be read" in ann.text("#status"), "the reason", 10)
+    os.unlink(folder)
+    os.rename(folder + "-away", folder)
+    for who in (ann, bob):
+        until(who.online, "being online again", 20)
+        same((who.js("return document.getElementById('hello').open"), who.lines()), (False, ["one"]), "form, log")
 
 
 @case
@@ -729,6 +837,72 @@ def dead_network(ann, bob, server, room):
     finally:
         server.thaw()
     until(ann.online, "Ann online again")
+
+
+class Gate:
+    """A way to the server on which what comes from it can be held back, for the connections there are."""
+
+    def __init__(self, port):
+        self.open, self.port = [], port
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        while True:
+            client, server = self.listener.accept()[0], socket.create_connection(("127.0.0.1", self.port))
+            self.open.append(threading.Event())
+            self.open[-1].set()
+            for way in (client, server, None), (server, client, self.open[-1]):
+                threading.Thread(target=self.pump, args=way, daemon=True).start()
+
+    @staticmethod
+    def pump(source, target, is_open):
+        data = b"-"
+        with contextlib.suppress(OSError):      # one of the two has gone
+            while data:
+                data = source.recv(65536)
+                if is_open:
+                    is_open.wait()
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+@case
+def slow_goodbye(ann, bob, server, room):
+    """A connection that ends when the next one is there already says nothing about that."""
+    gate, before = Gate(server.port), ann.url
+    ann.url = "http://127.0.0.1:%d/" % gate.listener.getsockname()[1]
+    try:
+        ann.enter("Ann", room)
+        for held in gate.open:
+            held.clear()
+        ann.js("old = ws; ws.close(); go(want.name, arguments[0])", room + "-other")
+        until(lambda: ann.online() and ann.text("#where") == "Room %s-other" % room, "Ann in the other room")
+        for held in gate.open:
+            held.set()
+        until(lambda: ann.js("return old.readyState") == 3, "the end of the first", 20)
+        same((ann.online(), ann.text("#status")), (True, ""), "status")
+    finally:
+        ann.url = before
+        ann.open(room)
+        ann.log("performance")      # of requests, for a later case
+
+
+@case
+def wishes_while_offline(ann, bob, server, room):
+    """Another name, and then another room: both are wanted when the server is there again."""
+    ann.enter("Ann", room)
+    server.freeze()
+    try:
+        ann.js("heard -= 80000; watch()")
+        ann.click("#me")
+        ann.js("document.getElementById('name').value = ''")
+        ann.type("#name", "Anna" + ann.ENTER)
+        ann.click("#rooms li:nth-child(2) button")
+    finally:
+        server.thaw()
+    until(ann.online, "Ann online again")
+    same((ann.text("#me"), ann.members(), ann.text("#where")), ("Anna", ["Anna"], "Room 2"), "name and room")
 
 
 @case
@@ -980,7 +1154,8 @@ def token_in_the_address(ann, bob, server, room):
     secret = os.path.join(server.directory, "secret")
     with open(secret, "w") as f:
         f.write("correct horse battery staple")
-    guarded = [*WRAP, server.binary, "--port", "0", "--bind", "127.0.0.1", "--jwt-secret-file", secret]
+    guarded = [*WRAP, server.binary, "--port", "0", "--bind", "127.0.0.1", "--admin", "127.0.0.1:0",
+               "--jwt-secret-file", secret]
 
     def token(who):
         return subprocess.run(guarded + ["--make-token", who], capture_output=True, text=True, check=True).stdout.strip()
@@ -1003,6 +1178,24 @@ def token_in_the_address(ann, bob, server, room):
         same((ann.text("#me"), ann.js("return location.hash")), ("Ann A", ""), "her name; the token in the address")
         ann.say("hello")
         ann.sees("hello")
+        ann.js("post({ type: 'say', to_uid: 'ann', content: 'a letter' })")
+        ann.sees("a letter", ".private .text")      # its id is of her inbox, and no way to resume the room
+        admin = port_from(log, process, r"listening on 127\.0\.0\.1:(\d+) \(admin\)", WAIT)
+        for call, fields in ("join", {"client_id": ann.js("return me")}), ("send", {"message": "some news"}):
+            connection = http.client.HTTPConnection("127.0.0.1", admin, timeout=WAIT)
+            connection.request("POST", "/api/" + call, json.dumps({"room": "news", **fields}))
+            same(connection.getresponse().status, 200, call)
+            connection.close()
+        ann.sees("some news")                       # its id is of another room
+        old = ann.js("const old = me; ws.close(); return old")
+        until(lambda: ann.online() and ann.js("return me") != old, "being online again")
+        same((ann.lines(".gone"), ann.lines(":not(.private) > .text")), ([], ["hello", "some news"]), "after both")
+        ann.js("store.xchatToken = ''; ws.close()")  # one that is good no longer: it says so, also behind the form
+        until(lambda: ann.text("#why") == "token: missing", "the refusal in the form")
+        ann.press(ann.ESCAPE)
+        until(lambda: not ann.js("return document.getElementById('hello').open"), "the form gone")
+        same((ann.text("#status"), ann.online()), ("token: missing", False), "status")
+        ann.js("store.xchatToken = arguments[0]", token("ann,Ann A," + room))
         ann.open(room)                              # the token is kept
         until(lambda: ann.online() and ann.members() == ["Ann A"], "Ann A again")
         ann.open("elsewhere")
