@@ -50,7 +50,7 @@ soak: xchat
 
 install: xchat
 	mkdir -p $(DESTDIR)$(PREFIX)/bin
-	cp xchat $(DESTDIR)$(PREFIX)/bin/xchat
+	cp -f xchat $(DESTDIR)$(PREFIX)/bin/xchat
 
 clean:
 	rm -rf xchat $(B) test/__pycache__

@@ -7682,7 +7682,8 @@ static void landlock_enter(void) {
     for (uint32_t i = 0; i < loop.n; i++) {   /* a socket's file goes when we end */
         struct sockaddr_un sa = {0};
         socklen_t len = sizeof sa - 1;
-        if (getsockname(loop.conn[i]->fd, (struct sockaddr *)&sa, &len) == 0 && sa.sun_family == AF_UNIX)
+        if (getsockname(loop.conn[i]->fd, (struct sockaddr *)&sa, &len) == 0 && sa.sun_family == AF_UNIX &&
+            !loop.conn[i]->given)
             landlock_allow_file(set, sa.sun_path, LANDLOCK_ACCESS_FS_REMOVE_FILE);
     }
     if (syscall(SYS_landlock_restrict_self, set, 0) != 0) log_warn("Landlock: %s", strerror(errno));
@@ -7731,9 +7732,9 @@ static void main_tick(void) {
     if (opt.join != NULL) join_tick();
     if (loop.moved >= MOVED_MANY) loop.moved = 0, memory_trim();
     if (loop_stopping() && !mains.stopping) mains.stopping = true, notify("STOPPING=1");
-    if (mains.watchdog_ms == 0 || now.ms < mains.alive_ms) return;
-    notify("WATCHDOG=1");
-    mains.alive_ms = now.ms + mains.watchdog_ms - TICK_MS / 10;   /* ticks are late rather than early */
+    if (mains.watchdog_ms == 0) return;
+    if (now.ms >= mains.alive_ms) notify("WATCHDOG=1"), mains.alive_ms = now.ms + mains.watchdog_ms;
+    loop_wake(mains.alive_ms);
 }
 
 /* The sockets it listens on for us, from 3 on, take the place of --bind. How many there are. */

@@ -260,6 +260,18 @@ def tells_the_supervisor():
 
 
 @case()
+def impatient_supervisor():
+    """Half the time of a second is not a second."""
+    with place() as directory, supervisor(directory + "/notify") as sock:
+        with Server(env={"NOTIFY_SOCKET": directory + "/notify", "WATCHDOG_USEC": "1000000"}):
+            check(sock.recv(99) == b"READY=1" and sock.recv(99) == b"WATCHDOG=1")
+            begin = time.monotonic()
+            for _ in range(4):
+                check(sock.recv(99) == b"WATCHDOG=1")
+            check(time.monotonic() - begin < 3.5 * SLOW, "too late:", time.monotonic() - begin)
+
+
+@case()
 def supervisor_is_not_served_for_ever():
     """One that does not read, is not there, or wants no watchdog: the server goes on."""
     with place() as directory:
@@ -349,6 +361,23 @@ def sockets_of_another():
         done = subprocess.run(command(shell=how["shell"]), env=environment(), pass_fds=how["pass_fds"],
                               capture_output=True, text=True, timeout=10 * SLOW)
     check(done.returncode == 1 and "LISTEN_FDS: descriptor 3" in done.stderr, done)
+
+
+@case()
+def installs_over_a_running_one():
+    """A new version takes the place of one that runs; that one goes on until it is restarted."""
+    with place() as directory:
+        shutil.copy(os.path.join(ROOT, "Makefile"), directory)
+        open(os.path.join(directory, "xchat.c"), "w").close()
+        shutil.copy(shutil.which("sleep"), os.path.join(directory, "xchat"))    # any program will do
+        install = ["make", "-C", directory, "install", "DESTDIR=" + directory, "PREFIX=/usr"]
+        subprocess.run(install, check=True, capture_output=True)
+        running = subprocess.Popen([os.path.join(directory, "usr/bin/xchat"), "600"])
+        try:
+            again = subprocess.run(install, capture_output=True, text=True)
+            check(again.returncode == 0 and running.poll() is None, "over a running one:", again.stderr)
+        finally:
+            running.kill(), running.wait()
 
 
 # ---------------------------------------------------------------------------
