@@ -7490,7 +7490,7 @@ static void options_print(void) {
         if (o->number != NULL && o->arg != NULL) printf(" (%u)", o->initial);
         putchar('\n');
     }
-    puts("\nExamples:\n  xchat --port 8080\n  xchat --bind unix:/run/xchat.sock --trust-proxy 127.0.0.1");
+    puts("\nExamples:\n  xchat --data /var/lib/xchat\n  xchat --bind 127.0.0.1 --trust-proxy 127.0.0.1");
 }
 
 static void option_set(struct option *o, const char *value) {

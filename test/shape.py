@@ -214,7 +214,7 @@ def essays():
 
 
 def readme():
-    """The table of options in the README has the rows that --help prints."""
+    """The README has the options that --help prints, and its examples."""
     rows = re.findall(r'\{"([a-z-]+)", (?:"([^"]+)"|NULL), (?:\'(.)\'|0), ([^,]+), ([^,]+), ([^,]+), ([^,]+),',
                       SRC.no_comments[SRC.text.index("} options[] = {"):])
     program = []
@@ -230,6 +230,9 @@ def readme():
             yield "--%s: default %s, in the README %s" % (name, default, row[3])
     if not program:
         yield "the options are not found in the source"
+    for example in re.findall(r'\\n  (xchat [^"\\]*)', SRC.text):
+        if not re.search("^    %s$" % re.escape(example), read("README.md"), re.M):
+            yield "example of --help: %s: not in the README" % example
 
 
 def attacks():
