@@ -3,7 +3,7 @@
  * a CHECK() below fails. test/prove runs it; it has the bounds, and the list of what of
  * xchat.c each proof needs: as that reads bottom-up, some functions can stand alone.
  *
- * any_...() have no body: so they may return anything. Where a function hands on to a
+ * any_...() return what was never set: that may be anything. Where a function hands on to a
  * larger part of the server, a stub here takes its place (test/prove puts it there),
  * and demands what that part relies on.
  */
@@ -22,19 +22,21 @@ void OPENSSL_cleanse(void *p, size_t n);
 
 #include XCHAT
 
-size_t any_size(void);
-int64_t any_number(void);
-int any_int(void);
-bool any_bool(void);
+static int64_t any_number(void) { int64_t n; return n; }
+static int any_int(void) { int n; return n; }
+static bool any_bool(void) { bool is; return is; }
 
 static void log_line(const char *level, const char *format, ...) { (void)level, (void)format; }
 
 /* So many bytes, whatever they are, in memory of just their size. */
 static slice any(size_t n) { return (slice){malloc(n), n}; }
 
-/* For each length up to the bound, so that lengths are no variables: that is much faster. */
-#define PROVE(name, least) \
-    void prove_##name(void) { for (size_t n = least; n <= BOUND; n++) name(any(n)); }
+/* For each length up to the bound, so that lengths are no variables: that is much faster. ALONE: for this one. */
+#ifndef ALONE
+#define ALONE least
+#endif
+#define PROVE(name, from) \
+    void prove_##name(void) { for (size_t least = from, n = ALONE; n <= BOUND; n++) name(any(n)); }
 
 /* Does this lie in that? Empty ones may point anywhere. */
 static bool within(slice s, slice all) {
@@ -56,6 +58,15 @@ void *memchr(const void *p, int c, size_t n) {
     for (size_t i = 0; i < n; i++)
         if (u[i] == (unsigned char)c) return (void *)(u + i);
     return NULL;
+}
+
+/* This one does not branch. */
+char *strchr(const char *s, int c) {
+    const char *found = NULL;
+    for (; ; s++) {
+        found = found == NULL && *s == (char)c ? s : found;
+        if (*s == '\0') return (char *)found;
+    }
 }
 
 void *realloc(void *old, size_t n) {
@@ -116,6 +127,45 @@ static void json_strings(slice s) {
     if (good) CHECK(j.rest.len < s.len && s.p[s.len - j.rest.len - 1] == '"', "a string ends with a quote");
 }
 PROVE(json_strings, 0)
+#endif
+
+#ifdef TEXT
+static slice whole;
+
+static bool utf8_valid(slice s) { return (void)s, any_bool(); }
+
+static bool json_is(slice raw, const char *name) {
+    (void)name;
+    bool quoted = raw.len < 2 || (*raw.p == '"' && raw.p[raw.len - 1] == '"');
+    CHECK(within(raw, whole) && quoted, "it is a key of the text");
+    return raw.len >= 2 && any_bool();
+}
+
+/* What json_strings and json_numbers have shown, and nothing more. */
+static bool some(struct json *j, bool string) {
+    slice s = j->rest;
+    size_t n = (size_t)any_number();
+    bool good = any_bool();
+    CHECK(within(s, whole), "it is looked for in the text");
+    ASSUME(n <= s.len);
+    char last = n > 0 ? s.p[n - 1] : '\0';
+    ASSUME(!good || (string ? last == '"' : last >= '0' && last <= '9'));
+    j->rest = slice_cut(s, n);
+    return good || json_fail(j, "not so");
+}
+
+static bool json_string(struct json *j) { return some(j, true); }
+static bool json_number(struct json *j) { return some(j, false); }
+
+static void json_texts(slice s) {
+    struct json_field f = {"", {NULL, 0}};
+    size_t at;
+    whole = s;
+    const char *why = json_pick(s, &f, 1, &at);
+    CHECK(at <= s.len && (why != NULL || at == s.len), "all of it was read, or what is wrong is in it");
+    CHECK(within(f.raw, s), "a field is in the text");
+}
+PROVE(json_texts, 0)
 #endif
 
 #ifdef BASE64
@@ -270,6 +320,24 @@ static void hpack_strings(slice s) {
 }
 PROVE(hpack_strings, 0)
 
+/* A number of any bytes, in the bits that it has in any of the fields: as RFC 7541 says in section 5.1. */
+static void hpack_numbers(slice s) {
+    uint8_t most = (uint8_t)((16 << (any_int() & 3)) - 1);
+    uint64_t again = s.len > 0 ? (uint8_t)s.p[0] & most : 0;
+    bool whole = s.len > 0 && again < most;
+    slice rest = s;
+    size_t used = 1;
+    for (; !whole && used < s.len && used < 6; used++) {
+        again += (uint64_t)((uint8_t)s.p[used] % 128) << 7 * (used - 1);
+        whole = (uint8_t)s.p[used] < 128;
+    }
+    int64_t n = hpack_take(&rest, most);
+    CHECK(n == (whole && again <= INT32_MAX ? (int64_t)again : -1), "the number that is written, or -1");
+    CHECK(within(rest, s), "what is left is in the block");
+    if (n >= 0) CHECK(rest.len == s.len - used, "and is what stands behind the number");
+}
+PROVE(hpack_numbers, 0)
+
 /* The status, from the first fields of a block of any bytes. */
 static void hpack_first(slice s) {
     int status = hpack_status(s);
@@ -334,6 +402,16 @@ static void php_step(slice s) {
     CHECK(w.depth <= depth || (v.pairs >= 0 && (size_t)v.pairs <= s.len), "no more pairs than bytes");
 }
 PROVE(php_step, 0)
+
+/* A whole value off the front of any bytes. */
+static void php_values(slice s) {
+    slice rest = s, value = php_take(&rest, any_bool());
+    CHECK(within(value, s) && within(rest, s) && value.len + rest.len == s.len, "a value, and what is behind it");
+    if (value.len == 0) return;
+    char last = value.p[value.len - 1];
+    CHECK(value.p == s.p && (last == ';' || last == '}'), "a value is at the front, and has an end");
+}
+PROVE(php_values, 0)
 #endif
 
 #ifdef APNS
