@@ -429,10 +429,13 @@ class Stream:
         self.buffer += data
         return not self.ended
 
-    def take(self, n):
+    def peek(self, n):
         while len(self.buffer) < n:
             check(self.more(), f"the connection ended with {self.buffer[:200]!r}, wanted {n} bytes")
-        data, self.buffer = self.buffer[:n], self.buffer[n:]
+        return self.buffer[:n]
+
+    def take(self, n):
+        data, self.buffer = self.peek(n), self.buffer[n:]
         return data
 
     def take_line_end(self, mark=b"\r\n\r\n"):
