@@ -4386,6 +4386,23 @@ static void push_pump(void) {
     devices_store();
 }
 
+static ssize_t gate_heard(struct conn *c, char *p, size_t n) {
+    return push.binary ? binary_feed(c, p, n) : h2_feed(c, p, n);
+}
+
+/* When we cannot write any more, the last answers, or the reason, may have come already; a record may hold no more
+ * than a half of one. */
+static void gate_last_words(struct conn *c) {
+    char chunk[4096];
+    ssize_t n = 1, done = 0;
+    for (int turns = 0; n > 0 && turns < 2 * STREAMS_MAX; turns++) {
+        while (c->in.len > 0 && (done = gate_heard(c, c->in.p + c->in.off, c->in.len)) > 0)
+            buf_drop(&c->in, (size_t)done);
+        n = done < 0 ? 0 : conn_recv(c, chunk, sizeof chunk);
+        if (n > 0) buf_add(&c->in, (slice){chunk, (size_t)n});
+    }
+}
+
 /* `closed` of both protocols. */
 static void gate_closed(struct conn *c) {
     struct gate *g = c->state;
@@ -4393,8 +4410,7 @@ static void gate_closed(struct conn *c) {
     if (push.gate == c) push.gate = NULL;
     char last[8] = {[7] = (char)g->error};
     if (!push.binary && !c->lost && !c->eof) h2_frame(&c->out, H2_GOAWAY, 0, 0, (slice){last, sizeof last});
-    /* When we cannot write any more, the reason may have come already. */
-    if (push.binary && c->lost && begun && conn_recv(c, last, sizeof last) == 6) binary_feed(c, last, 6);
+    if (c->lost && begun) gate_last_words(c);
     bool failed = !g->orderly && !loop_stopping(), heard = BIO_number_read(SSL_get_rbio(c->ssl)) > 0;
     if (failed && !heard && ++push.dial.attempt % push.dial.addresses != 0) push.redial_ms = now.ms;
     else if (failed) gate_failed(c->why, heard && !begun);
@@ -4414,7 +4430,7 @@ static void gate_closed(struct conn *c) {
 
 static ssize_t gate_feed(struct conn *c, char *p, size_t n) {
     ((struct gate *)c->state)->heard_ms = now.ms;
-    ssize_t done = push.binary ? binary_feed(c, p, n) : h2_feed(c, p, n);
+    ssize_t done = gate_heard(c, p, n);
     if (done > 0) push_pump();
     return done;
 }

@@ -11,7 +11,8 @@ what breaks a rule of HTTP/2 (too many streams, a window overrun, a bad header b
     {"do": "goaway", "back": 2, "code": 0, "reason": "Shutdown", "close": true, "last": id}
                              GOAWAY whose last stream id is `back` below the newest; what is above it is
                              forgotten; `close` when all below is answered
-    {"do": "settings", "values": {"3": 1}}, {"do": "ping"}, {"do": "close"}, {"do": "reset"}, {"do": "raw", "hex": ...}
+    {"do": "settings", "values": {"3": 1}}, {"do": "ping"}, {"do": "close"}, {"do": "drop"}, {"do": "reset"},
+    {"do": "raw", "hex": ...}
 
 Orders are for the newest connection, or for that with the number `conn`. An answer is a dictionary:
 
@@ -21,7 +22,7 @@ Orders are for the newest connection, or for that with the number `conn`. An ans
     cut: "reset" or "close"           end the connection instead
     shape            "split": the body in two DATA frames; "empty": END_STREAM comes in an empty DATA;
                      "continuation": one octet of the block in HEADERS, the rest in CONTINUATION;
-                     "early": a status 103 comes first; "trailers": a second HEADERS ends it
+                     "early": a status 103 comes first; "trailers": a second HEADERS ends it; "ping": a PING does
 """
 
 import asyncio
@@ -164,9 +165,11 @@ class Connection(asyncio.Protocol):
             self.heard = self.heard[9 + size:]
 
     def end(self, how):
-        """Close, or reset as a crashed machine would."""
+        """Close, or without a goodbye in TLS ("drop"), or reset as a crashed machine would."""
         if self.transport is None:
             return
+        if how == "drop":
+            return self.transport.abort()
         if how == "reset":
             self.transport.get_extra_info("socket").setsockopt(
                 socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -312,6 +315,8 @@ class Connection(asyncio.Protocol):
             self.safely(self.h2.send_data, stream, body[len(body) // 2:], end_stream=True)
         elif not ends:
             self.send_body(stream, body)
+        if shape == "ping":
+            self.h2.ping(b"question")
 
     def send_body(self, stream, data):
         if not self.safely(self.h2.send_data, stream, data, end_stream=True):
@@ -354,7 +359,7 @@ def obey(order):
     elif do == "release":
         for each in [chosen] if number else connections:
             each.release()
-    elif do in ("close", "reset"):
+    elif do in ("close", "drop", "reset"):
         chosen.end(do)
     elif do == "goaway":
         chosen.goaway(**order)

@@ -1047,6 +1047,23 @@ def goaway(gateway, s, name, before):
     check("Shutdown" in s.log(), "the reason is not in the log")
 
 
+@pushing(proven=True)
+def late_reader(gateway, s):
+    """A gateway has answered all and closed before we read the first answer: what we write in between meets a reset, and
+    the answers behind it are heard nevertheless."""
+    phones(s, 200)
+    gateway.tell("rules", answer={"hold": True, "shape": "ping"})
+    tell(s, "secret")
+    gateway.wait(201, "request")
+    s.signal(signal.SIGSTOP)
+    gateway.tell("release")
+    gateway.tell("drop")
+    s.signal(signal.SIGCONT)
+    until(lambda: s.metric("ok_total") == 201, "they are not answered")
+    s.settle()
+    check(len(gateway.all("request")) == 201, len(gateway.all("request")), "requests")
+
+
 @pushing(quick=True, rows=[("an error", {}, {"code": 11}), ("nothing was looked at", {}, {"last": 0})])
 def goaway_for_good(gateway, s, name, how):
     """A gateway that does not want us is asked again after a while; nothing is lost."""
