@@ -948,9 +948,9 @@ def long_names(ann, bob, server, room):
         ann.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 700)
         try:
             until(lambda: ann.js("return innerWidth === arguments[0]", width), "that width")
-            talk, bottom = ann.js("const [t, s] = ['talk', 'send'].map(id => document.getElementById(id)"
-                                  ".getBoundingClientRect()); return [t.height, s.bottom]")
-            same((talk > 0.4 * height, bottom <= height), (True, True), "talk %r, bottom %r" % (talk, bottom))
+            until(lambda: ann.js("""
+                const [t, s] = ['talk', 'send'].map(id => document.getElementById(id).getBoundingClientRect());
+                return t.height > 0.4 * innerHeight && s.bottom <= innerHeight"""), f"room to read, {width} wide")
         finally:
             ann.cdp("Emulation.clearDeviceMetricsOverride")
     guest.close()
