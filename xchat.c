@@ -2273,7 +2273,7 @@ static struct {
         slice bytes;                   /* in `block`, or in the log's tail */
     } window;
     struct buf block;
-    uint32_t seen;                     /* history_ours(): the epoch of that line */
+    uint32_t seen;                     /* history_place(): the epoch of that line */
     unsigned long long written, failures;   /* bytes, and writes that failed */
 } histories;
 
@@ -2410,15 +2410,25 @@ static bool history_line(struct history *h, uint64_t at, bool back, slice *line)
     }
 }
 
-/* Is this a message of ours, which ends at this position? */
-static bool history_ours(slice line, uint64_t end) {
+/* Where this message of ours ends, as its id says; -1: it is none. */
+static int64_t history_place(slice line) {
     struct json_field id = {.name = "id"};
-    char wanted[ID_BYTES + 1];
+    char again[ID_BYTES + 1];
     size_t where;
-    if (json_pick(line, &id, 1, &where) != NULL || id.raw.p == NULL || id.raw.len != ID_BYTES + 2) return false;
+    if (json_pick(line, &id, 1, &where) != NULL || id.raw.len != ID_BYTES + 2) return -1;
     histories.seen = (uint32_t)slice_number((slice){id.raw.p + 1, 8}, 16);   /* of no number: not the same as text */
-    history_id(histories.seen, end, wanted);
-    return json_is(id.raw, wanted);
+    int64_t at = history_number((slice){id.raw.p + 10, 16});
+    history_id(histories.seen, (uint64_t)at, again);
+    return json_is(id.raw, again) ? at : -1;
+}
+
+/* Is this line, or text, the next that was stored since the log was opened, behind this position? Then that moves on.
+ * What a back end says besides may have an id of its own, or that of an earlier one. */
+static bool history_follows(const struct history *h, slice line, uint64_t *at) {
+    int64_t end = history_place(line);
+    if (end <= (int64_t)*at || end > (int64_t)h->end || histories.seen != h->epoch) return false;
+    *at = (uint64_t)end;
+    return true;
 }
 
 /* ---- Opening. ---- */
@@ -2488,7 +2498,7 @@ static bool history_step(struct history *h, uint64_t *at, uint64_t upto, bool ba
     while (*at >= h->base && (back ? *at > upto : *at < upto) && history_line(h, *at, back, line)) {
         uint64_t end = back ? *at : *at + line->len;
         *at = back ? *at - line->len : end;
-        if (history_ours(*line, end)) return line->len--, true;   /* without its line end */
+        if (history_place(*line) == (int64_t)end) return line->len--, true;   /* without its line end */
         if (!h->damaged) log_warn("%.*s: damaged lines are left out; one ends at byte %llu of its history",
                                   F(history_key(h)), (unsigned long long)end);
         h->damaged = true;
@@ -2687,7 +2697,7 @@ static int64_t history_position(struct history *h, slice id) {
     bool first = (uint64_t)at == h->base;   /* then the line behind must do, instead of its own */
     if (first && (uint64_t)at == h->end) return -1;
     if (!history_line(h, (uint64_t)at, !first, &line)) return errno == ENOENT ? -1 : UNREAD;
-    bool ours = history_ours(line, (uint64_t)at + (first ? line.len : 0));
+    bool ours = history_place(line) == at + (first ? (int64_t)line.len : 0);
     return ours && histories.seen == epoch ? at : -1;
 }
 
@@ -2937,19 +2947,18 @@ static void room_say(struct room *r, slice text, char *id) {
     room_touch(r);
 }
 
-/* Is what this frame of a log says remembered? */
-static bool frame_kept(slice frame) {
-    struct json_field id = {.name = "id"};
-    size_t at;
-    return json_pick(slice_cut(frame, 2 + ws_more(frame.p)), &id, 1, &at) == NULL && id.raw.len == ID_BYTES + 2;
+/* Is what this frame of a room's log says remembered? The position is that of the one before; at first 0, or more. */
+static bool frame_kept(const struct room *r, slice frame, uint64_t *at) {
+    return history_follows(r->past, slice_cut(frame, 2 + ws_more(frame.p)), at);
 }
 
 /* Puts what is unread into the client's own queue. Who is still being sent the past will find there
  * what is remembered; who is closing gets nothing, since there may be a gap in front of it. */
 static void member_settle(struct member *m) {
+    uint64_t at = m->replay != NULL ? m->replay->upto : 0;
     for (slice rest = member_unread(m), frame; rest.len > 0 && !m->c->closing; rest = slice_cut(rest, frame.len)) {
         frame = slice_take(rest, m->replay == NULL ? rest.len : ws_frame_size(rest.p));
-        if (m->replay == NULL || !frame_kept(frame)) buf_add(&m->c->out, frame);
+        if (m->replay == NULL || !frame_kept(m->room, frame, &at)) buf_add(&m->c->out, frame);
     }
     if (m->replay != NULL) m->replay->upto = m->room->past->end;
     m->cursor = m->room->end;
@@ -5502,9 +5511,10 @@ static ssize_t chat_feed(struct conn *c, char *p, size_t n) {
 /* How long are the messages to be remembered, as lines, that this member was not sent. */
 static uint32_t chat_unsent(const struct member *m) {
     uint32_t n = 0;
+    uint64_t at = 0;
     for (slice rest = member_unread(m), frame; rest.len > 0; rest = slice_cut(rest, frame.len)) {
         frame = slice_take(rest, ws_frame_size(rest.p));
-        if (frame_kept(frame)) n += (uint32_t)ws_length(frame.p) + 1;
+        if (frame_kept(m->room, frame, &at)) n += (uint32_t)ws_length(frame.p) + 1;
     }
     return n;
 }
