@@ -5254,7 +5254,7 @@ static bool chat_phone(struct client *cl) {
 /* The phone of a client, unless it has come with another user since; or NULL. */
 static struct device *client_phone(const struct client *cl) {
     struct device *d = cl->more->phone;
-    return d != NULL && (client_uid(cl).len == 0 || push_of(d, client_uid(cl))) ? d : NULL;
+    return d != NULL && push_of(d, client_uid(cl)) ? d : NULL;
 }
 
 /* The phone of this token is in the client's room from now on, and in its user's inbox,

@@ -616,21 +616,23 @@ def put_and_taken_out():
             check([text_and_badge(push) for push in gateway.pushes(b)] == [("secret 2", 1)], gateway.pushes(b))
 
 
-@pushing("--gateway", "127.0.0.1:0", rows=[
-    ("forgets", {}, lambda bob, inner: (bob.send_json(type="logout", forget_device=True), bob.expect("login"),
-                                        bob.expect("logout"))),
-    ("is nobody", {}, lambda bob, inner: inner.tell(UNBIND_UID, bob, "bob")),
-    ("is another one", {}, lambda bob, inner: inner.tell(BIND_UID, bob, "dan")),
-    ("is put into a room", {}, lambda bob, inner: inner.tell(JOIN_GROUP, bob, "news")),
-    ("is taken out of one", {}, lambda bob, inner: inner.tell(LEAVE_GROUP, bob, "room")),
-])
-def phone_of_another_user(gateway, s, name, act):
+@pushing("--gateway", "127.0.0.1:0", rows=[(f"{user or 'nobody'} {name}", {}, user, act) for user in ("bob", "")
+                                               for name, act in [
+    ("forgets", lambda bob, inner: (bob.send_json(type="logout", forget_device=True), bob.expect("login"),
+                                    bob.expect("logout"))),
+    ("is nobody", lambda bob, inner: inner.tell(UNBIND_UID, bob, "bob")),
+    ("is another one", lambda bob, inner: inner.tell(BIND_UID, bob, "dan")),
+    ("is put into a room", lambda bob, inner: inner.tell(JOIN_GROUP, bob, "news")),
+    ("is taken out of one", lambda bob, inner: inner.tell(LEAVE_GROUP, bob, "room")),
+]])
+def phone_of_another_user(gateway, s, name, user, act):
     """A phone has gone to another user: what becomes of the connection of the one before is nothing to it."""
     b, ann, inner = token(), Ws(s), Inner(s)
     clients = bob, eve = Ws(s), Ws(s)
-    for client, uid in zip(clients, ("bob", "eve")):
-        client.login(uid, "room", device_token=b)
-        inner.tell(BIND_UID, client, uid)
+    for client, uid in zip(clients, (user, "eve")):
+        client.login(uid or "Bob", "room", device_token=b)
+        if uid:
+            inner.tell(BIND_UID, client, uid)
         inner.fence()
     act(bob, inner)
     inner.fence()
