@@ -5936,11 +5936,12 @@ static void peer_accepted(struct conn *l, struct conn *c) {
     peer->known = peer->gateway && backend.key.len == 0;
     c->deadline_ms = peer->known ? 0 : now.ms + STRANGER_MS;
     uint32_t older = 0;
-    for (; *at != NULL; at = &(*at)->next) older++;
+    for (; *at != NULL; at = &(*at)->next) older += !(*at)->c->closing || (*at)->c->out.len > 0;
     *at = peer;
     if (older < PEERS_MAX) return;
     struct peer *goes, *heard = NULL;
-    while ((goes = peer_least(peer)) != heard && goes != peer) conn_read((heard = goes)->c);
+    while ((goes = peer_least(peer)) != heard && goes != peer)
+        if (conn_read((heard = goes)->c), heard->c->closing) return;   /* it went by itself */
     conn_lost(goes->c, "too many connections of back ends");
 }
 

@@ -1305,6 +1305,18 @@ def orders_in_a_full_house(name, key):
             person.expect("order")
 
 
+@gateway()
+def the_next_stays(s):
+    """Who comes into a full house in the round in which somebody leaves takes nobody else's place."""
+    kept = [Inner(s).fence() for _ in range(256)]
+    s.signal(signal.SIGSTOP)
+    kept.pop(0).close()
+    come = [Inner(s)]
+    s.signal(signal.SIGCONT)
+    for inner in come + kept:
+        inner.fence()
+
+
 @case()
 def objects_need_a_key():
     """Who has the key may keep objects; references and the like nobody."""
