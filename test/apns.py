@@ -27,7 +27,7 @@ import threading
 import time
 
 from harness import (CERTIFICATE, DEADLINE, SLOW, WRAP, Http, Server, Skip, Ws, case, check, close_frame, command,
-                     environment, instrumented, main, new_keys, openssl, run, until)
+                     environment, explain, instrumented, main, new_keys, openssl, run, until)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 OTHER = os.path.join(HERE, "other.pem")
@@ -213,7 +213,7 @@ def at_once(rows, function):
         try:
             function(*row)
         except (AssertionError, OSError, ValueError) as error:
-            return f"[{row[0]}] {type(error).__name__ * (type(error) is not AssertionError)} {error}"
+            return f"[{row[0]}] {explain(error)}"
     with concurrent.futures.ThreadPoolExecutor(2 if WRAP else len(rows)) as pool:   # valgrind is slow enough
         faults = list(filter(None, pool.map(one, rows)))
     check(not faults, f"{len(faults)} of {len(rows)} rows:", "\n    ".join(["", *faults]))

@@ -42,6 +42,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 XCHAT = os.path.abspath(os.environ.get("XCHAT") or os.path.join(ROOT, "xchat"))
@@ -773,6 +774,14 @@ def case(*options, rows=None, serial=False, around=None, **server):
     return register
 
 
+def explain(error):
+    """What went wrong, and in which lines, but for those of this file."""
+    lines = [f"{os.path.basename(f.filename)}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)
+             if f.filename != __file__]
+    kind = "" if type(error) is AssertionError else f"{type(error).__name__} "
+    return f"{kind}{error} ({', '.join(lines[-2:])})" if lines else f"{kind}{error}"
+
+
 def each_row(function, rows, s=None):
     """Call it for each row; what a row has opened is closed before the next."""
     faults, server = [], [s] if s else []
@@ -786,7 +795,7 @@ def each_row(function, rows, s=None):
         except (AssertionError, OSError, ValueError) as error:
             if rows is None:
                 raise
-            faults.append(f"[{row[0]}] {type(error).__name__ * (type(error) is not AssertionError)} {error}")
+            faults.append(f"[{row[0]}] {explain(error)}")
         for stream in set(s.streams) - before if s else ():
             stream.close()
     check(not faults, f"{len(faults)} of {len(rows or [1])} rows:", "\n    ".join(["", *faults]))
@@ -812,8 +821,7 @@ def main():
         except Skip as why:
             line = f"skip {prefix}.{one.name}: {why}"
         except Exception as error:  # a fault of the test itself is a failure too
-            kind = "" if type(error) is AssertionError else type(error).__name__ + " "
-            line = f"FAIL {prefix}.{one.name}: {kind}{error}"
+            line = f"FAIL {prefix}.{one.name}: {explain(error)}"
         with printing:
             print(line, flush=True)
         return not line.startswith("FAIL")

@@ -28,7 +28,7 @@ import threading
 import time
 
 from harness import (CLOSE, DEADLINE, SLOW, TEXT, TROUBLE, UPGRADE, WRAP, Faults, Http, Server, Skip, Ws, case,
-                     check, expect_nothing, frame, get, join, main, new_room, run, until)
+                     check, expect_nothing, explain, frame, get, join, main, new_room, run, until)
 
 CRASH_ROUNDS = int(os.environ.get("CRASH_ROUNDS", "10"))
 HISTORY_MIB = int(os.environ.get("HISTORY_MIB", "32"))
@@ -71,7 +71,7 @@ def stored(*options, rows=((),), **server):
                     try:
                         function(s, d, *row)
                     except AssertionError as error:
-                        faults.append(f"[{row[0]}] {error}" if row else str(error))
+                        faults.append(f"[{row[0]}] {explain(error)}" if row else explain(error))
             check(not faults, "; ".join(faults))
         whole.__name__ = function.__name__
         case()(whole)
@@ -89,7 +89,7 @@ def both(*options):
                         with Server("--rate", "0", *mode, *options) as s:
                             function(s)
                     except AssertionError as error:
-                        raise AssertionError(f"[{name}] {error}") from error
+                        raise AssertionError(f"[{name}] {explain(error)}") from error
         whole.__name__ = function.__name__
         case()(whole)
         return function

@@ -30,7 +30,7 @@ import threading
 import time
 
 from harness import (CERTIFICATE, DEADLINE, ROOT, SLOW, TEXT, UPGRADE, WRAP, Faults, Http, Server, Skip, Ws, case, check,
-                     close_frame, each_row, environment, frame, get, main, run, until)
+                     close_frame, each_row, environment, explain, frame, get, main, run, until)
 from inner import BIND_UID, JOIN_GROUP, LEAVE_GROUP, SEND_TO_GROUP, UNBIND_UID, UNGROUP, Inner
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -283,7 +283,7 @@ def pushing(*options, rows=[("", {})], proven=False, **server):
                         fleet(gateway, 1, *line, **more) if one else Xchat(gateway, *line, **more) as s:
                     function(gateway, s[0] if one else s, *([name, *rest] if name else []))
             except (AssertionError, OSError, ValueError) as error:
-                return f"[{name}] {type(error).__name__ * (type(error) is not AssertionError)} {error}"
+                return f"[{name}] {explain(error)}"
 
         def whole():
             with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
