@@ -928,7 +928,7 @@ struct conn {
     bool hello : 1;                            /* TLS is to begin; a listener's: with all it accepts */
     bool plain : 1;                            /* but it did not: the peer does not speak TLS */
     bool given : 1;                            /* a listener's: it is not ours, nor is its file */
-    bool counted : 1, proxy : 1, refused : 1, expected : 1;   /* chapter 5's */
+    bool counted : 1, proxy : 1, refused : 1, crowded : 1, expected : 1;   /* chapter 5's */
 };
 
 static struct {
@@ -1747,8 +1747,8 @@ static struct {
 
 static slice caller_key(const void *item) { return (slice){item, sizeof ((struct caller *)0)->net}; }
 
-/* Counts this connection, in all and for its address, or no longer. False: it is refused,
- * its address has too many. One person has 2^64 addresses of IPv6: a /64 is one caller. */
+/* Counts this connection, in all and for its address, or no longer. False: it is refused, there are too
+ * many, or (`crowded`) of its address. One person has 2^64 addresses of IPv6: a /64 is one caller. */
 static bool http_count(struct conn *c, bool enter) {
     struct caller wanted = {.net[15] = c->peer.local}, *caller;
     uint32_t most = opt.max_per_address > 0 && !c->peer.local ? opt.max_per_address : UINT32_MAX;
@@ -1756,14 +1756,14 @@ static bool http_count(struct conn *c, bool enter) {
     c->refused = false;
     if (c->counted == enter) return true;
     memcpy(wanted.net, c->peer.ip, addr_is_v4(&c->peer) ? 16 : 8);
-    if ((caller = table_find(&http.callers, caller_key(&wanted))) == NULL) {
+    caller = table_find(&http.callers, caller_key(&wanted));
+    c->crowded = caller != NULL && caller->n >= most;
+    c->refused = enter && (c->crowded || http.connections >= opt.max_clients);
+    http.refused += c->refused ? 1 : 0;
+    if (c->refused) return false;
+    if (caller == NULL) {
         caller = memcpy(xcalloc(sizeof wanted), &wanted, sizeof wanted);
         table_add(&http.callers, caller);
-    }
-    if (enter && caller->n >= most) {
-        http.refused++, http.turned_away++;
-        c->refused = true;
-        return false;
     }
     c->counted = enter;
     http.connections = enter ? http.connections + 1 : http.connections - 1;
@@ -1997,12 +1997,12 @@ static void http_proxied(struct conn *c) {
 
 static int http_answer(struct conn *c, const struct request *q) {
     const struct site *site = c->state;
-    if (c->proxy) http_client(q->header[FORWARDED], &c->peer), http_count(c, true);
-    if ((c->refused || http.connections > opt.max_clients) && site->allowed == NULL) {   /* orders are heard */
+    if (c->proxy) http_client(q->header[FORWARDED], &c->peer);
+    if (!http_count(c, true) && site->allowed == NULL) {   /* nobody has made room for it; orders are heard */
         c->eof = true;   /* do not wait for the peer: it has nothing more to say */
-        http.turned_away += !c->refused;
-        const char *status = c->refused ? "429 Too Many Requests" : "503 Service Unavailable";
-        const char *why = c->refused ? "over --max-per-address\n" : "over --max-clients\n";
+        http.turned_away++;
+        const char *status = c->crowded ? "429 Too Many Requests" : "503 Service Unavailable";
+        const char *why = c->crowded ? "over --max-per-address\n" : "over --max-clients\n";
         return http_refuse(c, status, S(PLAIN "Retry-After: 5\r\n"), why);
     }
     if (http_has_token(q->header[UPGRADE], S("websocket"))) return ws_upgrade(c, q);
@@ -2058,12 +2058,10 @@ static void http_accepted(struct conn *l, struct conn *c) {
     c->proxy = http_trusts(&c->peer);
     if (!c->proxy) http_count(c, true);
     /* Who is refused anyway must not hold a descriptor for long. */
-    uint32_t over = http.connections > opt.max_clients ? http.connections - opt.max_clients : 0;
-    bool refused = c->refused || over > 0;
-    c->deadline_ms = now.ms + (refused ? TICK_MS : (int64_t)opt.timeout_s * 1000);
-    if (!refused || http.refused + over <= REFUSED_MAX) return;
-    http.turned_away += !c->refused;
-    conn_lost(c, c->refused ? "over --max-per-address" : "over --max-clients");
+    c->deadline_ms = now.ms + (c->refused ? TICK_MS : (int64_t)opt.timeout_s * 1000);
+    if (!c->refused || http.refused <= REFUSED_MAX) return;
+    http.turned_away++;
+    conn_lost(c, c->crowded ? "over --max-per-address" : "over --max-clients");
 }
 
 static const struct proto http_listener = {

@@ -203,6 +203,19 @@ def max_clients(s):
         client.fence()
 
 
+@case("--max-clients", "2")
+def full_house(s):
+    """Who is one of so many is served, though more have come behind; and who was too many, if somebody has gone since."""
+    first, second, third = Ws(s), Http(s), Http(s)
+    check((answer := second.ask("/health")).status == 200, answer)
+    check((answer := third.ask("/health")).status == 503, answer)
+    third.expect_end()
+    third = Http(s)
+    second.reset()
+    first.fence()
+    check((answer := third.ask("/health")).status == 200, answer)
+
+
 @case("--max-clients", "2", "--max-per-address", "3", "--admin", "127.0.0.1:0")
 def orders_in_a_full_house(s):
     """Who is over a limit may not chat, but look at the figures, and kick somebody."""
