@@ -7559,14 +7559,12 @@ static void options_read(int argc, char **argv) {
     for (int i = 1; i < argc;) i += option_read(argc, argv, i);
     if (opt.help) options_print(), exit(0);
     if (opt.version) puts("xchat 0.1"), exit(0);
-    for (struct option *o = options; o < options + N_OPTIONS; o++) {
+    for (struct option *o = options; o < options + N_OPTIONS - 2; o++) {   /* XCHAT_VERSION may be anything */
         char name[40];
         int n = snprintf(name, sizeof name, "XCHAT_%s", o->name);
         for (int i = 0; i < n; i++) name[i] = name[i] == '-' ? '_' : upper(name[i]);
         const char *value = getenv(name);
-        bool flag = o->arg == NULL;   /* set by any value but 0 */
-        if (value == NULL || (mains.given >> (o - options) & 1) != 0 || (flag && strcmp(value, "0") == 0)) continue;
-        option_set(o, flag ? "1" : value);
+        if (value != NULL && (mains.given >> (o - options) & 1) == 0) option_set(o, value);   /* a flag: 0 or 1 */
     }
 }
 

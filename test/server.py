@@ -125,7 +125,11 @@ def options_from_the_environment():
         expect_nothing(join(s, "one", "Ann"), join(s, "two", "Ann"))
     refused(2, "--max-rooms", env={"XCHAT_MAX_ROOMS": "many"})
     refused(2, "--port", env={"XCHAT_PORT": "65536"})
-    with Server(env={"XCHAT_NOSUCH": "1", "XCHAT_PORT": "0"}):
+    for text in "false", "no", "", "2":
+        refused(2, "--fsync", env={"XCHAT_FSYNC": text})
+    with Server("--verbose", env={"XCHAT_CHECK": "0", "XCHAT_FSYNC": "1", "XCHAT_VERBOSE": "off"}):
+        pass
+    with Server(env={"XCHAT_NOSUCH": "1", "XCHAT_PORT": "0", "XCHAT_VERSION": "0.1"}):
         pass
 
 
