@@ -7583,15 +7583,16 @@ static void limit_clients(void) {
 }
 
 /* Listens at an address given by an option: "unix:/path", "127.0.0.1", "127.0.0.1:80",
- * "[::1]:80" or "::1"; for --bind (the first letter counts) with "tls:" or "plain:" in
- * front; NULL is every address. Returns the listener. */
+ * "[::1]:80" or "::1", where HTTP is spoken with "tls:" or "plain:" in front; NULL is every
+ * address. Returns the listener. */
 static struct conn *listen_on(const char *option, const char *spec, const struct proto *proto, const void *state) {
     slice host = slice_of(spec != NULL ? spec : ""), port = S("");
     bool web = proto == &http_listener, plain = slice_starts(host, S("plain:")), tls = slice_starts(host, S("tls:"));
     if (plain || tls) slice_split(&host, ':');
-    if (tls && opt.tls_cert == NULL) usage("%s: '%s' needs --tls-cert", option, spec);
-    tls = opt.tls_cert != NULL && !plain && web;
     bool local = slice_starts(host, S("unix:")) && web, bracket = slice_starts(host, S("["));
+    if (tls && opt.tls_cert == NULL) usage("%s: '%s' needs --tls-cert", option, spec);
+    if (tls && (local || !web)) usage("%s: '%s': there is no TLS here", option, spec);
+    tls = opt.tls_cert != NULL && !plain && web;
     const char *colon = strchr(host.p, ':');
     char name[108] = "", label[16] = "";
     if (local) host = slice_cut(host, 5);

@@ -356,6 +356,14 @@ def two_ports():
         eve.expect("say", content="hello")
 
 
+@case(rows=[(option, option, address) for option, address in (
+    ("--bind", "tls:unix:/tmp/nosuch/socket"), ("--register", "tls:127.0.0.1:0"), ("--gateway", "tls:127.0.0.1:0"))])
+def never_tls(name, option, address):
+    """What would be served in plain text all the same is refused."""
+    status, _, err = run(*TLS, option, address)
+    check(status == 2 and f"{option}: '{address}'" in err.splitlines()[-1], status, err)
+
+
 @case()
 def files():
     """Status 1 and one line that names the option when certificate and key cannot be used."""
