@@ -1308,9 +1308,10 @@ static int fd_prepare(int fd) {
 }
 
 /* Accepts some of those who wait: others have their turn too, and those who are too many hold
- * descriptors until the round ends. */
+ * descriptors until the round ends. Who comes when we are to stop is left to a successor, who may have
+ * the same socket. */
 static void listener_ready(struct conn *l) {
-    for (int i = 0; i < ACCEPTED_MAX; i++) {
+    for (int i = 0; i < ACCEPTED_MAX && loop.signals == 0; i++) {
         struct sockaddr_storage from = {.ss_family = AF_UNIX};
         socklen_t len = sizeof from;
         int fd = accept(l->fd, (struct sockaddr *)&from, &len);

@@ -335,6 +335,26 @@ def sockets_are_given():
 
 
 @case()
+def left_to_the_successor():
+    """Who comes when the server is told to stop waits on the socket for the next one, and is not hung up on."""
+    with socket.socket() as tcp:
+        tcp.bind(("127.0.0.1", 0))
+        tcp.listen(50)
+        tcp.settimeout(5 * SLOW)
+        for _ in range(8):   # it is about what it is doing just then
+            with given(tcp) as how, Server(**how) as s:
+                chats(s)
+                s.signal(signal.SIGSTOP)
+                late = [socket.create_connection(tcp.getsockname()) for _ in range(20)]
+                s.signal(signal.SIGTERM)
+                s.signal(signal.SIGCONT)
+                check(s.wait_end() == 0)
+            for client in late:
+                tcp.accept()[0].close()
+                client.close()
+
+
+@case()
 def sockets_that_are_given_speak_tls():
     """As those of --bind do, if there is a certificate, but for those of this machine alone."""
     with place() as directory, socket.socket() as tcp, socket.socket(socket.AF_UNIX) as local:
