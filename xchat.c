@@ -6599,7 +6599,6 @@ static bool gateway_greet(struct conn *c, const struct packet *p) {
     return true;
 }
 
-
 /* `feed` of the gateway. ext_data that would end behind the packet ends with it. */
 static ssize_t gateway_feed(struct conn *c, char *p, size_t n) {
     struct peer *peer = c->state;
@@ -6626,7 +6625,6 @@ static ssize_t gateway_feed(struct conn *c, char *p, size_t n) {
 static const struct proto gateway_proto = {
     .name = "gateway", .feed = gateway_feed, .tick = peer_tick, .closed = backend_closed,
 };
-
 
 static const struct proto backend_listener = {
     .name = "listener", .accepted = peer_accepted, .tick = conn_touch, .closed = listener_closed,
@@ -7447,7 +7445,6 @@ static const char *take_bind(const char *value) {
     mains.binds[mains.n_binds++] = value;
     return NULL;
 }
-
 
 static struct option {
     const char *name, *arg;                   /* arg: what stands behind it; NULL: nothing */
