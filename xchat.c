@@ -3004,8 +3004,12 @@ static struct room *room_get(slice space, slice name, bool make) {
 static struct room *room_open(slice space, slice name) { return room_get(space, name, true); }
 static struct room *room_find(slice space, slice name) { return room_get(space, name, false); }
 
-/* How many clients are in a room, or NULL. */
-static size_t room_clients(const struct room *r) { return r != NULL ? r->n : 0; }
+/* How many clients are in a room, or NULL, without those who are going. */
+static size_t room_clients(const struct room *r) {
+    size_t n = 0;
+    for (const struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) n += !m->c->closing;
+    return n;
+}
 
 /* The next newer room that somebody is in, and no inbox, or the oldest; NULL: there is none. */
 static struct room *room_next(const struct room *r) {

@@ -742,6 +742,20 @@ def kick_who_does_not_read(s):
 
 
 @api()
+def kicked_and_counted(s):
+    """Who is kicked is not counted by what comes right behind it, in the same round."""
+    ann, bob = join(s, "room", "Ann", "Bob")
+    with contextlib.closing(Http(s, at=ADMIN)) as http:
+        for client, left in (ann, 1), (bob, 0):
+            http.send(post("kick", {"client_id": client.id}) + post("send", {"room": "room", "message": {"a": 1}}) +
+                      request("/api/rooms"))
+            check(parsed(http.answer(), 200)["kicked"] == 1)
+            check(parsed(http.answer(), 200)["sent"] == left, "sent to others than", left)
+            rooms = parsed(http.answer(), 200)["rooms"]
+            check([room["clients"] for room in rooms] == [1] * left, "there are", rooms)
+
+
+@api()
 def clients(s):
     """All who are connected, oldest first, or those of a room or a user, by when they came there."""
     check(look(s, "clients") == {"clients": []}, look(s, "clients"))

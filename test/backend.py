@@ -897,6 +897,22 @@ def destroy(s):
 
 
 @gateway()
+def not_counted_any_more(s):
+    """Who was told to go is in no number and no list that is asked for right behind that, in the same round."""
+    ann, bob = join(s, "room", "Ann", "Bob")
+    inner = Inner(s)
+    asks = (packet(COUNT_BY_GROUP, ext="room") + packet(BATCH_COUNT, ext='["room"]') + packet(GROUPS) +
+            packet(COUNT_BY_GROUP) + packet(IDS_BY_UID, ext="u"))
+    for client in ann, bob:
+        inner.tell(BIND_UID, client, "u")
+    for order, rest in (packet(KICK, number(ann), body="go"), [bob]), (packet(DESTROY, number(bob)), []):
+        inner.send(order + asks)
+        answers = [inner.reply() for _ in range(5)]
+        n = len(rest)
+        check(answers == [php(n), php({"room": n}), php(["room"] * n), php(n), php([number(c) for c in rest])], answers)
+
+
+@gateway()
 def uids(s):
     """Who is bound is that user in the chat: it stands in what he says, and letters to it reach him."""
     ann, bob = join(s, "room", "Ann", "Bob")
