@@ -921,7 +921,7 @@ struct conn {
     uint8_t events;                /* what it waits for */
     bool dirty : 1, closing : 1, swept : 1, fin_sent : 1, eof : 1, lost : 1;
     bool parked : 1;                           /* in the epoll set */
-    bool first : 1;                            /* it is heard before the others */
+    bool first : 1;                            /* it is heard before the others, and though it does not read */
     bool blocked : 1;                          /* the kernel's send buffer is full */
     bool spoke : 1;                            /* something was sent: it is connected, and TLS has begun */
     bool muted : 1;                            /* TLS must read before it can write */
@@ -1079,7 +1079,7 @@ static void conn_lost(struct conn *c, const char *why) {
     conn_close(c, why);
 }
 
-static bool conn_paused(const struct conn *c) { return c->out.len > OUT_HIGH; }
+static bool conn_paused(const struct conn *c) { return c->out.len > OUT_HIGH && !c->first; }
 
 static uint8_t conn_interest(const struct conn *c) {
     bool listens = c->proto->accepted != NULL;
@@ -6576,7 +6576,7 @@ static void worker_connect(struct conn *c, slice name) {
     static const uint8_t here[] = {127, 0, 0, 1};
     struct peer *peer = c->state;
     peer->worker = true;
-    c->first = true;   /* it asks by another connection: what it ordered before that has to be done then */
+    c->first = true;   /* it asks by another connection: what it ordered has to be done then, busy as it may be */
     if (memcmp(backend.address, here, sizeof here) != 0) peer->ping_ms = now.ms + PEER_PING_MS;
     buf_clear(&peer->name);
     buf_add(&peer->name, name);
@@ -6619,7 +6619,7 @@ static ssize_t gateway_feed(struct conn *c, char *p, size_t n) {
     if (!gateway_greet(c, &packet)) return conn_close(c, "wrong secret key"), -1;
     c->deadline_ms = 0;
     bool asked = gateway_ask(&packet, gateway_client(packet.number), &reply);
-    if (reply.len > ANSWER_MAX) conn_close(c, "it asked for too much");
+    if (reply.len > ANSWER_MAX || (asked && c->out.len > WORKER_BACKLOG)) conn_close(c, "it asked for too much");
     else if (asked) buf_be(&c->out, reply.len, 4), buf_add(&c->out, buf_slice(&reply)), conn_touch(c);
     buf_free(&reply);
     buf_free(&backend.json);   /* may be large */

@@ -1710,6 +1710,25 @@ def worker_asks(s):
 
 
 @gateway()
+def worker_orders_when_busy(s):
+    """What a worker orders is done though it has not read yet what its clients do; not what it asks without an end."""
+    ann, worker, asks = join(s, "room", "Ann"), Worker(s, "w:1").fence(), Inner(s).fence()
+    client = worker.newcomer()
+    for _ in range(200):   # 12 MB: more than the kernel takes, and less than it may leave unread
+        client.send(frame(TEXT, "x" * 60000))
+    client.fence()
+    worker.tell(JOIN_GROUP, ann, "news")
+    until(lambda: asks.ask(COUNT_BY_GROUP, ext="news") == "i:1;", "the order is not heard")
+    names = json.dumps([f"group {i}" for i in range(50000)])
+    with contextlib.suppress(ConnectionError):   # 1.2 MB each
+        for _ in range(30):
+            worker.tell(BATCH_COUNT, ext=names)
+    client.fence()
+    client.send(frame(TEXT, "is it gone?"))
+    client.expect_error("bad_json")
+
+
+@gateway()
 def worker_keys(s):
     """A second worker of the same name takes the place of the first; a wrong key is closed."""
     old = Worker(s, "w:1").fence()
