@@ -937,6 +937,7 @@ static struct {
     struct pollfd *pfd;            /* those in the poll set... */
     struct conn **polled;          /* ...and who they are; NULL: the epoll set */
     uint32_t n_polled, polled_cap;
+    bool gaps;                     /* somebody has left the poll set: poll_close_up() */
     uint32_t moved;                /* connections that came or went, since memory was given back to the system */
     int epoll;                     /* 0: none */
     struct conn **dirty;           /* those that have something to write or to end, after this round */
@@ -1008,6 +1009,20 @@ static uint32_t poll_add(int fd, short events, struct conn *c) {
     loop.pfd[loop.n_polled] = (struct pollfd){.fd = fd, .events = events};
     loop.polled[loop.n_polled] = c;
     return loop.n_polled++;
+}
+
+/* The others stay in the order in which they came: what a back end orders first, by a connection of
+ * its own each time, is done first. */
+static void poll_close_up(void) {
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < loop.n_polled; i++) {
+        if (loop.pfd[i].fd < 0) continue;
+        if (i > n && loop.polled[i] != NULL) loop.polled[i]->place = n;
+        loop.pfd[n] = loop.pfd[i];
+        loop.polled[n++] = loop.polled[i];
+    }
+    loop.n_polled = n;
+    loop.gaps = false;
 }
 
 #if PARKING
@@ -1517,11 +1532,7 @@ static void conn_free(struct conn *c) {
     if (c->proto->freed != NULL) c->proto->freed(c);
     loop.conn[c->slot] = loop.conn[--loop.n];
     loop.conn[c->slot]->slot = c->slot;
-    if (!c->parked) {
-        loop.pfd[c->place] = loop.pfd[--loop.n_polled];
-        loop.polled[c->place] = loop.polled[loop.n_polled];
-        if (loop.polled[c->place] != NULL) loop.polled[c->place]->place = c->place;
-    }
+    if (!c->parked) loop.pfd[c->place].fd = -1, loop.gaps = true;
     buf_free(&c->in);
     buf_free(&c->out);
     free(c);
@@ -1626,6 +1637,7 @@ static void loop_run(void) {
     while (loop.n > 0 && (loop.stop_ms == 0 || now.ms < loop.stop_ms)) {
         bool asked = loop.hangups > 0 || (loop.signals > 0 && loop.stop_ms == 0);
         int64_t wait_ms = asked ? 0 : loop.tick_ms - now.ms;
+        if (loop.gaps) poll_close_up();
         int ready = poll(loop.pfd, loop.n_polled, wait_ms > 0 ? (int)wait_ms : 0);
         clock_read();
         /* All `first` ones, then the others; those accepted meanwhile stand behind. */

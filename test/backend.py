@@ -857,6 +857,24 @@ def in_order(s):
         check(mine == [f"{cmd} {i}" for i in range(500)], cmd, "came as", mine[:20])
 
 
+@gateway()
+def in_order_by_many_connections(s):
+    """Each order comes by its own connection, as the library has it; a busy server does them in their order, too."""
+    ann, inner = join(s, "room", "Ann"), Inner(s).fence()
+    words = [str(i) for i in range(60)]
+    for _ in range(3):
+        os.kill(s.process.pid, signal.SIGSTOP)
+        os.waitpid(s.process.pid, os.WUNTRACED)
+        for word in words:
+            order = Inner(s)
+            order.tell(SEND_TO_ONE, ann, body=word)
+            order.close()
+        os.kill(s.process.pid, signal.SIGCONT)
+        heard = [chat_text(ann) for _ in words]
+        check(heard == words, "came as", heard)
+        inner.fence()
+
+
 # ---------------------------------------------------------------------------
 # People
 # ---------------------------------------------------------------------------
