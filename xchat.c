@@ -6059,7 +6059,7 @@ static void backend_closed(struct conn *c) {
     struct peer *peer = c->state, **at = &backend.peers;
     bool listed = !peer->gateway && peer->name.len > 0;
     size_t i = 0;
-    for (struct client *cl; (cl = client_next(&i)) != NULL;)
+    for (struct client *cl; peer->clients > 0 && (cl = client_next(&i)) != NULL;)
         if (cl->more->worker == peer) cl->more->worker = NULL;
     while (*at != peer) at = &(*at)->next;
     *at = peer->next;
