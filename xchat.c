@@ -4849,15 +4849,20 @@ static struct member *client_join(struct client *cl, struct room *r, size_t kept
     return m;
 }
 
-/* Says a text to a client, or `raw` bytes, behind all that it was sent in rooms; if it is still in the
- * past, behind what is not remembered of that. */
-static void client_tell(struct client *cl, slice text, bool raw) {
-    struct conn *c = cl->c;
-    if (c->closing) return;   /* what it has not read is for its phone */
-    for (struct member *m = c->joined; m != NULL; m = m->also) {
+/* Puts all that a client was sent in rooms into its own queue; if it is still in the past, what is not
+ * remembered of that. What it has not read when it is closing is for its phone. */
+static void client_settle(struct client *cl) {
+    for (struct member *m = cl->c->closing ? NULL : cl->c->joined; m != NULL; m = m->also) {
         room_commit(m->room);
         member_settle(m);
     }
+}
+
+/* Says a text to a client, or `raw` bytes, behind all that. */
+static void client_tell(struct client *cl, slice text, bool raw) {
+    struct conn *c = cl->c;
+    client_settle(cl);
+    if (c->closing) return;
     if (!raw) ws_text(c, text);
     else if (ws_takes(c)) buf_add(&c->out, text), conn_touch(c);
 }
@@ -6337,6 +6342,12 @@ static void gateway_leave(struct client *cl, struct member *m) {
     } else room_leave(m);
 }
 
+/* Shows a client out, behind all that it was sent. */
+static void gateway_kick(struct client *cl) {
+    client_settle(cl);
+    ws_close(cl->c, WS_KICKED, "kicked by the back end");
+}
+
 /* Does what is about one client. */
 static void gateway_do(const struct packet *p, struct client *cl) {
     struct room *r;
@@ -6345,9 +6356,9 @@ static void gateway_do(const struct packet *p, struct client *cl) {
     case SEND_TO_ONE: gateway_tell(p, cl); break;
     case KICK:   /* closeClient() without a message has null there */
         if ((p->flag & PLAIN_TEXT) != 0 || !slice_eq(p->body, S("N;"))) gateway_tell(p, cl);
-        ws_close(cl->c, WS_KICKED, "kicked by the back end");
+        gateway_kick(cl);
         break;
-    case DESTROY: conn_lost(cl->c, "destroyed by the back end"); break;
+    case DESTROY: conn_flush(cl->c), conn_lost(cl->c, "destroyed by the back end"); break;   /* what can be sent is */
     case UPDATE_SESSION: case SET_SESSION: session_order(cl, p->ext, p->cmd == UPDATE_SESSION); break;
     case BIND_UID: if (name_ok(p->ext)) client_identify(cl, p->ext); break;
     case UNBIND_UID: client_identify(cl, S("")); break;
@@ -6928,7 +6939,7 @@ static bool api_kick(void) {
     for (size_t i = 0; i < set->n; i++) {
         struct client *cl = set->client[i];
         if (api.given[A_MESSAGE]) client_tell(cl, api.raw.len > 0 ? api.raw : api_value(A_MESSAGE), false);
-        ws_close(cl->c, WS_KICKED, "kicked by the back end");
+        gateway_kick(cl);
     }
     return api_done("kicked", set->n);
 }

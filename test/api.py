@@ -742,6 +742,18 @@ def kick_who_does_not_read(s):
 
 
 @api()
+def sent_and_kicked(s):
+    """What was sent right before, in the same round, is heard before the end."""
+    ann = join(s, "room", "Ann")
+    with contextlib.closing(Http(s, at=ADMIN)) as http:
+        http.send(post("bind", {"client_id": ann.id, "uid": "ann"}) + post("send", {"uid": "ann", "message": {"n": 1}}) +
+                  post("send", {"room": "room", "message": {"n": 2}}) + post("kick", {"uid": "ann"}))
+        check(all(http.answer().status == 200 for _ in range(4)))
+    check(sorted(ann.message()["n"] for _ in range(2)) == [1, 2], "something else came")
+    ann.expect_close(4001)
+
+
+@api()
 def kicked_and_counted(s):
     """Who is kicked is not counted by what comes right behind it, in the same round."""
     ann, bob = join(s, "room", "Ann", "Bob")

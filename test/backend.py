@@ -915,6 +915,25 @@ def destroy(s):
 
 
 @gateway()
+def last_words(s):
+    """A worker has all its orders in one packet of TCP: what it sends to somebody, in whatever way, and then his end."""
+    inner, last = Inner(s), {"KICK": (KICK, "N;", 0), "KICK with a word": (KICK, "go", 1), "DESTROY": (DESTROY, "", 1)}
+    for name, (cmd, body, flag) in last.items():
+        ann, bob = join(s, new_room(), "Ann", "Bob")
+        inner.tell(BIND_UID, ann, name)
+        inner.tell(JOIN_GROUP, ann, name)
+        inner.send(packet(SEND_TO_UID, 0, json.dumps([name]), "user") +
+                   packet(SEND_TO_GROUP, 0, json.dumps({"group": [name], "exclude": None}), "group") +
+                   packet(SEND_TO_ONE, number(ann), "", "one") +
+                   packet(SEND_TO_UID, 0, json.dumps([name]), "user again") + packet(cmd, number(ann), "", body, flag))
+        words = ["user", "group", "one", "user again"] + ["go"] * (body == "go")
+        heard = [chat_text(ann) for _ in words]
+        check(heard == words, name, "came as", heard)
+        ann.expect_end() if cmd == DESTROY else ann.expect_close(4001)
+        bob.expect("logout", from_client_id=ann.id)
+
+
+@gateway()
 def not_counted_any_more(s):
     """Who was told to go is in no number and no list that is asked for right behind that, in the same round."""
     ann, bob = join(s, "room", "Ann", "Bob")
