@@ -6893,7 +6893,7 @@ static bool api_send(void) {
     if (cl == NULL && r == NULL) return false;
     if (api.raw.len > 0) {
         if (cl != NULL) client_tell(cl, api.raw, false);
-        else room_publish(r, api.raw, NULL);
+        else room_publish_next(r, api.raw);
         return api_done("sent", cl != NULL ? !cl->c->closing : room_clients(r));
     }
     slice name = api.given[A_NAME] ? api_value(A_NAME) : S("system");
