@@ -6332,14 +6332,18 @@ static void gateway_tell(const struct packet *p, struct client *cl) {
     if (packet_message(p, &message)) client_tell(cl, message, (p->flag & AS_IT_IS) != 0);
 }
 
-/* Takes a client, and its phone, out of a room. If it was the one it speaks in, its session stays what it is. */
-static void gateway_leave(struct client *cl, struct member *m) {
+/* Takes a client, and its phone, out of a room; if it speaks there, others hear of it, unless all go. Its session
+ * stays what it is. */
+static void gateway_leave(struct client *cl, struct member *m, bool all) {
+    bool seat = cl->seat == m;
     if (client_phone(cl) != NULL) push_part(cl->more->phone, room_key(m->room));
-    if (cl->seat == m) {
-        session_get(cl);
-        if (!cl->taken || worker_next(NULL, true) == NULL) chat_leave(cl);   /* others hear of it */
-        else cl->seat = NULL, room_leave(m);
-    } else room_leave(m);
+    if (seat) session_get(cl);
+    if (seat && !all && (!cl->taken || worker_next(NULL, true) == NULL)) {
+        chat_leave(cl);
+        return;
+    }
+    if (seat) cl->seat = NULL;
+    room_leave(m);
 }
 
 /* Shows a client out, behind all that it was sent. */
@@ -6364,7 +6368,8 @@ static void gateway_do(const struct packet *p, struct client *cl) {
     case UNBIND_UID: client_identify(cl, S("")); break;
     case JOIN_GROUP: if ((r = group_open(p->ext)) != NULL) gateway_join(cl, r, KEPT_ROOMS); break;
     case LEAVE_GROUP:
-        if ((r = room_find(S("rooms/"), p->ext)) != NULL && (m = room_member(r, cl->c)) != NULL) gateway_leave(cl, m);
+        r = room_find(S("rooms/"), p->ext);
+        if (r != NULL && (m = room_member(r, cl->c)) != NULL) gateway_leave(cl, m, false);
     }
 }
 
@@ -6455,7 +6460,7 @@ static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b
     case SEND_TO_ALL: case SEND_TO_UID: case SEND_TO_GROUP: gateway_send(p); return false;
     case UNGROUP:
         set_add_room(all, S("rooms/"), p->ext);   /* who is going stays: its phone is told the rest */
-        for (size_t i = 0; i < all->n; i++) gateway_leave(all->client[i], room_member(r, all->client[i]->c));
+        for (size_t i = 0; i < all->n; i++) gateway_leave(all->client[i], room_member(r, all->client[i]->c), true);
         return false;
     case GET_ALL_CLIENT_SESSIONS: case GET_CLIENT_ID_BY_UID: case GET_CLIENT_SESSIONS_BY_GROUP: case SELECT:
         reply_clients(b, p);
@@ -6923,7 +6928,7 @@ static bool api_join(void) {
     struct member *m = join ? gateway_join(cl, r, KEPT_ROOMS) : room_member(r, cl->c);
     if (join && m == NULL)
         return api_fail("409 Conflict", "limit", "this client is in %d rooms already", ROOMS_PER_CLIENT - KEPT_ROOMS);
-    if (!join && m != NULL) gateway_leave(cl, m);
+    if (!join && m != NULL) gateway_leave(cl, m, false);
     return api_done(NULL, 0);
 }
 

@@ -1060,9 +1060,14 @@ def taken_out_of_ones_room(s):
     bob.expect_nothing()
     ann = join(s, "room", "Ann")
     bob.expect("login", client_id=ann.id)
-    inner.tell(UNGROUP, ext="room")
+    inner.tell(UNGROUP, ext="room")   # nobody is left to hear of it
     inner.fence()
     check(inner.ask(COUNT_BY_GROUP, ext="room") == "i:0;")
+    for client in ann, bob:
+        client.expect_nothing()
+        client.say("hello")
+        client.expect_error("not_logged_in")
+    check("Bob" in inner.session(bob), "the session is kept")
 
 
 @gateway()

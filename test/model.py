@@ -319,7 +319,8 @@ class Model:
     def ungroup(self, p):
         room = self.dice.choice(ROOMS)
         self.order(UNGROUP, 0, room)
-        for member in list(self.rooms.get(room, ())):
+        for member in list(self.rooms.get(room, ())):   # all at once: nobody is left to hear of it
+            member.seat = None if member.seat == room else member.seat
             self.take_out(member, room)
 
     def put_into(self, p, room):
