@@ -6346,8 +6346,9 @@ static void gateway_leave(struct client *cl, struct member *m, bool all) {
     room_leave(m);
 }
 
-/* Shows a client out, behind all that it was sent. */
+/* Shows a client out, behind all that it was sent; of that only what it does not take now is copied. */
 static void gateway_kick(struct client *cl) {
+    conn_flush(cl->c);
     client_settle(cl);
     ws_close(cl->c, WS_KICKED, "kicked by the back end");
 }
