@@ -6457,6 +6457,7 @@ static void reply_rooms(struct buf *b) {
 static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b) {
     struct room *r = p->cmd == UNGROUP ? room_find(S("rooms/"), p->ext) : NULL;
     struct set *all = set_new();
+    size_t n;
     switch (p->cmd) {
     case SEND_TO_ALL: case SEND_TO_UID: case SEND_TO_GROUP: gateway_send(p); return false;
     case UNGROUP:
@@ -6469,8 +6470,9 @@ static bool gateway_ask(const struct packet *p, struct client *cl, struct buf *b
     case BATCH_GET_CLIENT_ID_BY_UID: case BATCH_GET_CLIENT_COUNT_BY_GROUP: reply_batch(b, p); return true;
     case IS_ONLINE: buf_add(b, cl != NULL ? S("i:1;") : S("i:0;")); return true;
     case GET_CLIENT_COUNT_BY_GROUP:   /* without a group: of all */
-        if (p->ext.len == 0) set_add_all(all);
-        buf_printf(b, "i:%zu;", p->ext.len == 0 ? all->n : room_clients(room_find(S("rooms/"), p->ext)));
+        n = p->ext.len > 0 ? room_clients(room_find(S("rooms/"), p->ext)) : 0;
+        for (size_t at = 0; p->ext.len == 0 && (cl = client_next(&at)) != NULL;) n += !cl->c->closing;
+        buf_printf(b, "i:%zu;", n);
         return true;
     case GET_GROUP_ID_LIST: reply_rooms(b); return true;
     case GET_SESSION_BY_CLIENT_ID:
