@@ -2986,10 +2986,10 @@ static void room_publish(struct room *r, slice text, struct member *except) {
 
 /* The same, behind all that was published so in other rooms: who is in two of them hears it in
  * this order, as long as it reads. */
-static void room_publish_next(struct room *r, slice text) {
+static void room_publish_next(struct room *r, slice text, struct member *except) {
     if (rooms.last != NULL && rooms.last != r) room_flush(rooms.last);
     rooms.last = r;
-    room_publish(r, text, NULL);
+    room_publish(r, text, except);
 }
 
 /* The room of this name, made if need be and if `make`; NULL when there is none, or when
@@ -6318,7 +6318,8 @@ static void gateway_send(const struct packet *p) {
     if (all) return;
     for (slice rest = users ? ext_inside(json) : ext_list(json, "group"); ext_each(&rest, &name);) {
         struct room *r = room_find(users ? S("users/") : S("rooms/"), name);
-        if (r != NULL && set->n == 0 && !raw) room_publish_next(r, message);   /* once for all of them */
+        struct member *one = r != NULL && set->n == 1 ? room_member(r, (*set->client)->c) : NULL;
+        if (r != NULL && set->n <= 1 && !raw) room_publish_next(r, message, one);   /* once for all of them */
         else for (struct member *m = r != NULL ? r->first : NULL; m != NULL; m = m->next) {
             struct client *cl = m->c->state;
             if (!cl->listed) client_tell(cl, message, raw);
@@ -6901,7 +6902,7 @@ static bool api_send(void) {
     if (cl == NULL && r == NULL) return false;
     if (api.raw.len > 0) {
         if (cl != NULL) client_tell(cl, api.raw, false);
-        else room_publish_next(r, api.raw);
+        else room_publish_next(r, api.raw, NULL);
         return api_done("sent", cl != NULL ? !cl->c->closing : room_clients(r));
     }
     slice name = api.given[A_NAME] ? api_value(A_NAME) : S("system");

@@ -1513,7 +1513,7 @@ static void test_rooms_order(void) {
     for (int i = 0; i < 3; i++)
         join((const char *[]){"c", "a", "b"}[i], c), join((const char *[]){"a", "b", "c"}[i], slow);
     for (size_t i = 0; i < COUNT(said); i++) {
-        room_publish_next(room_open(S("rooms/"), (slice){said[i], 1}), slice_of(said[i]));
+        room_publish_next(room_open(S("rooms/"), (slice){said[i], 1}), slice_of(said[i]), NULL);
         buf_printf(&want, "%s|", said[i]);
         if (i == 4) loop_settle();
     }
