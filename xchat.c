@@ -6615,6 +6615,9 @@ static void worker_connect(struct conn *c, slice name) {
     for (struct peer *p = NULL; (p = worker_next(p, true)) != NULL;)
         if (p != peer && slice_eq(buf_slice(&p->name), name) && memcmp(p->c->peer.ip, c->peer.ip, 16) == 0)
             conn_close(p->c, "there is a new worker of this name");
+    size_t at = 0;   /* who came while there was none, and has not logged in, speaks to a worker: not to us */
+    for (struct client *cl; (cl = client_next(&at)) != NULL;)
+        if (!cl->taken && !cl->named) ws_close(cl->c, WS_GOING_AWAY, "there is a worker now");
     log_info("%s: worker %.*s", addr_text(&c->peer), F(name));
 }
 

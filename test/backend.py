@@ -1662,6 +1662,25 @@ def workers_share(s):
 
 
 @gateway()
+def workers_come_late(s):
+    """Who was faster than the workers after a restart comes again, and is served by one; who talks to the chat stays."""
+    early, fast = join(s, "room", "Early"), Ws(s)
+    fast.send(frame(TEXT, "hello, Events.php"))
+    fast.expect_error("bad_json")
+    worker = Worker(s, "w:1").fence()
+    fast.expect_close(1001)
+    again = worker.newcomer()
+    again.send(frame(TEXT, "hello, Events.php"))
+    check(worker.event(ON_MESSAGE, again).body == b"hello, Events.php")
+    second = Worker(s, "w:2").fence()
+    early.say("hello")
+    early.expect("say", content="hello")
+    expect_nothing(early, again)
+    for one in worker, second:
+        one.none()
+
+
+@gateway()
 def workers_take_out(s):
     """A worker takes its client out of the room of its session, which stays; it is for the worker to tell others."""
     early, worker = join(s, "room", "Early"), Worker(s, "w:1").fence()

@@ -670,12 +670,16 @@ class Staff:
         worker.reply()
 
     def worker_comes(self):
-        """One of three; if it is there already, the new one takes its place, but not its clients."""
+        """One of three; if it is there already, the new one takes its place, but not its clients. Who came while there
+        was none is sent away."""
         name = f"w:{self.dice.randrange(3)}"
         worker, old = Worker(self.s, name).fence(), self.workers.get(name)
         if old:
             old.expect_end()
         self.workers[name] = worker
+        for client in [c for c in self.clients if not c.taken]:
+            client.expect_close(1001)
+            self.clients.remove(client)
 
     def worker_goes(self):
         if self.workers:
