@@ -6044,8 +6044,9 @@ static const char *register_line(struct conn *c, slice line) {
     peer->known = true;
     peer->worker |= worker;
     if (worker) return register_list(c), NULL;
-    slice address = json_get(f[1].raw, &peer->name);
+    slice address = json_get(f[1].raw, &backend.name);
     if (address.len == 0 || address.len > NAME_MAX_BYTES) return "no address";
+    buf_clear(&peer->name), buf_add(&peer->name, address);
     register_broadcast();
     return NULL;
 }

@@ -179,6 +179,20 @@ def register_broadcasts(s):
         check(got == want, f"after {after!r}:", got, "in place of", want)
 
 
+@case(*BOTH)
+def register_of_a_bad_address(s):
+    """A gateway that names another address, and none that can be one, has gone: who waits hears of it."""
+    watcher = Register(s)
+    check(watcher.ask() == [s.gateway])
+    for bad in "", "x" * 65:
+        moving = Register(s)
+        moving.send(announce("10.0.0.1:2300"))
+        check(watcher.addresses() == [s.gateway, "10.0.0.1:2300"])
+        moving.send(announce(bad))
+        moving.expect_end()
+        check(watcher.addresses() == [s.gateway], "it is listed still")
+
+
 def heard_of(s):
     """How many addresses the register has."""
     with contextlib.closing(Register(s)) as asker:
