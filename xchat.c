@@ -4946,6 +4946,7 @@ static bool chat_count(struct client *cl, enum field field, int64_t min, int64_t
 
 static void past_begin(struct buf *b, const struct room *r) {
     bool inbox = slice_starts(room_key(r), S("users/"));
+    buf_clear(b);
     buf_add(b, S("{\"type\":\"history\""));
     json_add(b, inbox ? "to_uid" : "room_id", room_name(r));
     buf_add(b, S(",\"messages\":["));
@@ -5009,19 +5010,6 @@ static bool past_last(struct buf *json, const struct room *r, uint64_t before, i
     return !(unread && none);
 }
 
-/* Sends a client that, of its room. What it asked for and cannot be read now is an error. */
-static bool chat_send_last(struct client *cl, uint64_t before, int64_t count, bool asked) {
-    struct buf json = {0};
-    bool ok = past_last(&json, cl->seat->room, before, count);
-    if (asked && chat.ref.len > 0) json_name(&json, "ref");
-    if (asked) buf_add(&json, chat.ref);
-    buf_addc(&json, '}');
-    if (ok || !asked) ws_text(cl->c, buf_slice(&json));
-    else chat_error(cl, "storage", "the history of this room cannot be read now");
-    buf_free(&json);
-    return ok;
-}
-
 /* Where the message of this id begins in a room: an id stands behind its message. -1: there is none; or UNREAD. */
 static int64_t past_before(struct room *r, slice id) {
     int64_t at = history_position(r->past, id);
@@ -5064,9 +5052,11 @@ static bool chat_history(struct client *cl) {
     struct room *r = cl->seat->room;
     room_commit(r);
     int64_t at = id.p == NULL ? (int64_t)r->past->end : *id.p == '"' ? past_before(r, json_inside(id)) : -1;
-    if (at == UNREAD) return chat_error(cl, "storage", "the history of this room cannot be read now");
+    if (at == UNREAD || (at >= 0 && !past_last(&chat.json, r, (uint64_t)at, count)))
+        return chat_error(cl, "storage", "the history of this room cannot be read now");
     if (at < 0) return chat_error(cl, "bad_field", "before must be the id of a message of this room");
-    return chat_send_last(cl, (uint64_t)at, count, true);
+    ws_text(cl->c, chat_end_ref());
+    return true;
 }
 
 /* `unsaid` of the rooms: tells the author of a message that it was not stored. */
@@ -5259,7 +5249,8 @@ static void chat_enter(struct client *cl, struct room *r, int64_t newest) {
     if (inbox != NULL) past_resume(inbox, INBOX_SINCE, inbox_at);
     if (newest < 0 || chat.f[SINCE].raw.p != NULL) return;
     member_replay(cl->seat, 0, false);   /* it no longer wants what it asked for before */
-    chat_send_last(cl, r->past->end, newest, false);
+    past_last(&chat.json, r, r->past->end, newest);   /* what can be read of it */
+    ws_text(cl->c, chat_end());
 }
 
 /* Reads the device token of a login into chat.token. False after an error. */
