@@ -154,7 +154,7 @@ class Model:
 
     def has_phone(self, p):
         """And it has not come with another user since."""
-        return p.phone and (not p.uid or self.phones[p.phone].uid == p.uid)
+        return p.phone and self.phones[p.phone].uid == p.uid
 
     def lets_go(self, p):
         """A phone that nobody has, and that is subscribed to nothing, is not known any more."""
