@@ -925,6 +925,7 @@ struct conn {
     bool blocked : 1;                          /* the kernel's send buffer is full */
     bool spoke : 1;                            /* something was sent: it is connected, and TLS has begun */
     bool muted : 1;                            /* TLS must read before it can write */
+    bool owes : 1;                             /* what it has in `out` is also what was said in its rooms */
     bool hello : 1;                            /* TLS is to begin; a listener's: with all it accepts */
     bool plain : 1;                            /* but it did not: the peer does not speak TLS */
     bool given : 1;                            /* a listener's: it is not ours, nor is its file */
@@ -1552,7 +1553,7 @@ static void conn_settle(struct conn *c) {
         /* Who asks for a lot and reads fast has one turn in a round; what a WebSocket asks is short. */
         if (conn_paused(c) && c->proto->message == NULL) c->blocked = true;
     }
-    if (c->out.len == 0) buf_free(&c->out);
+    if (c->out.len == 0) buf_free(&c->out), c->owes = false;
     if (c->out.len == 0 && c->swept && !c->lost && !c->fin_sent) {
         if (c->ssl != NULL) SSL_shutdown(c->ssl);
         shutdown(c->fd, SHUT_WR);
@@ -2890,8 +2891,10 @@ static void room_trim(struct room *r) {
     if (r->log.len == 0) buf_free(&r->log);
 }
 
+/* Who is closing gets nothing more from here: what it was not sent can be pushed. */
 static void room_flush(struct room *r) {
-    for (struct member *m = r->first; m != NULL; m = m->next) conn_flush(m->c);
+    for (struct member *m = r->first; m != NULL; m = m->next)
+        if (!m->c->closing) conn_flush(m->c);
     r->flushed = r->end;
     room_trim(r);
 }
@@ -2970,6 +2973,7 @@ static void member_settle(struct member *m) {
     for (slice rest = member_unread(m), frame; rest.len > 0 && !m->c->closing; rest = slice_cut(rest, frame.len)) {
         frame = slice_take(rest, m->replay == NULL ? rest.len : ws_frame_size(rest.p));
         if (m->replay == NULL || !frame_kept(m->room, frame, &at)) buf_add(&m->c->out, frame);
+        if (m->replay == NULL) m->c->owes = true;
     }
     if (m->replay != NULL) m->replay->upto = m->room->past->end;
     m->cursor = m->room->end;
@@ -5531,9 +5535,9 @@ static uint32_t chat_unsent(const struct member *m) {
 }
 
 /* The phone of a client is gone: what it was not sent is pushed (what came in the round in which
- * it went, say), and if it went without a word, also all since it was last heard. */
+ * it went, say), and if it went without a word, or that cannot be told, also all since it was last heard. */
 static void chat_absent(struct client *cl) {
-    bool silent = cl->c->lost || cl->c->blocked || cl->silences > 0 || cl->ws.behind;
+    bool silent = cl->c->lost || cl->c->blocked || cl->c->owes || cl->silences > 0 || cl->ws.behind;
     for (struct member *m = cl->c->joined; m != NULL; m = m->also) {
         struct history *past = m->room->past;
         uint32_t unheard = (uint32_t)past->end - m->heard, unsent = silent ? unheard : chat_unsent(m);

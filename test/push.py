@@ -31,7 +31,7 @@ import time
 
 from harness import (CERTIFICATE, DEADLINE, ROOT, SLOW, TEXT, UPGRADE, WRAP, Faults, Http, Server, Skip, Ws, case, check,
                      close_frame, each_row, environment, explain, frame, get, main, run, until)
-from inner import BIND_UID, JOIN_GROUP, LEAVE_GROUP, SEND_TO_GROUP, UNBIND_UID, UNGROUP, Inner
+from inner import BIND_UID, JOIN_GROUP, LEAVE_GROUP, SEND_TO_GROUP, SEND_TO_ONE, UNBIND_UID, UNGROUP, Inner
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KEY = os.path.join(HERE, "apns.p8")
@@ -559,6 +559,23 @@ def ordered_at_the_same_time(gateway, s):
     ann.say("secret")
     bob.send(close_frame(1000))
     inner.tell(SEND_TO_GROUP, ext=json.dumps({"group": ["room"], "exclude": {"1": int(ann.id[12:], 16)}}), body="{}")
+    s.signal(signal.SIGCONT)
+    push, = gateway.pushes(b, 1)
+    check(text_and_badge(push) == ("secret", 1), push["body"])
+
+
+@pushing("--gateway", "127.0.0.1:0")
+def told_at_the_same_time(gateway, s):
+    """In that round a back end tells the phone something, so that all that is for it stands in one queue: what was said
+    is pushed all the same."""
+    b, ann, bob, inner = token(), Ws(s), Ws(s), Inner(s).fence()
+    ann.login("Ann", "room")
+    bob.login("Bob", "room", device_token=b)
+    ann.fence()   # so that she is heard first
+    s.signal(signal.SIGSTOP)
+    ann.say("secret")
+    inner.tell(SEND_TO_ONE, bob, body="{}")
+    bob.send(close_frame(1000))
     s.signal(signal.SIGCONT)
     push, = gateway.pushes(b, 1)
     check(text_and_badge(push) == ("secret", 1), push["body"])
