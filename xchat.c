@@ -4431,6 +4431,14 @@ static void gate_last_words(struct conn *c) {
     }
 }
 
+/* Binary: with TLS 1.3 we have sent already when a gateway says that it does not want our certificate: it ends TLS with
+ * an alert, and has looked at nothing. */
+static bool gate_refused(const struct conn *c) {
+    const struct gate *g = c->state;
+    bool alert = SSL_in_init(c->ssl) && (SSL_get_shutdown(c->ssl) & SSL_RECEIVED_SHUTDOWN) != 0;
+    return alert && g->heard_ms == 0 && !g->orderly && now.ms - g->born_ms < CONNECT_MS;
+}
+
 /* `closed` of both protocols. */
 static void gate_closed(struct conn *c) {
     struct gate *g = c->state;
@@ -4439,6 +4447,7 @@ static void gate_closed(struct conn *c) {
     char last[8] = {[7] = (char)g->error};
     if (!push.binary && !c->lost && !c->eof) h2_frame(&c->out, H2_GOAWAY, 0, 0, (slice){last, sizeof last});
     if (c->lost && begun) gate_last_words(c);
+    begun = begun && !gate_refused(c);
     bool failed = !g->orderly && !loop_stopping(), heard = BIO_number_read(SSL_get_rbio(c->ssl)) > 0;
     if (failed && !heard && ++push.dial.attempt % push.dial.addresses != 0) push.redial_ms = now.ms;
     else if (failed) gate_failed(c->why, heard && !begun);

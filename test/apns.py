@@ -272,8 +272,8 @@ class Binary:
     gives None, or what to say before the end, in pieces. `got` are the packets of each connection.
     """
 
-    def __init__(self, *rules, certificate=CERTIFICATE, feedback=(), rcvbuf=None, reset=False):
-        self.rules, self.feedback, self.reset = rules, feedback, reset
+    def __init__(self, *rules, certificate=CERTIFICATE, feedback=(), rcvbuf=None, reset=False, late=0):
+        self.rules, self.feedback, self.reset, self.late = rules, feedback, reset, late
         self.got, self.subjects, self.asked, self.refused, self.faults = [], [], 0, 0, []
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=pki("ca.pem"))
         self.context.load_cert_chain(certificate)
@@ -300,7 +300,10 @@ class Binary:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with sock, contextlib.suppress(OSError):
                 self.refused += 1
-                with self.context.wrap_socket(sock, server_side=True) as tls:
+                with self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False) as tls:
+                    if self.late and talk == self.gateway:
+                        self.look_late(tls)
+                    tls.do_handshake()
                     self.refused -= 1
                     self.live.add(tls)
                     try:
@@ -309,6 +312,18 @@ class Binary:
                         self.faults.append(str(fault))
                     finally:
                         self.live.discard(tls)
+
+    def look_late(self, tls):
+        """With TLS 1.3: not at who comes, until so many bytes are there, more than it takes to say who it is."""
+        def there():
+            with contextlib.suppress(BlockingIOError):
+                return len(socket.socket.recv(tls, self.late, socket.MSG_PEEK))
+        tls.settimeout(0)
+        until(there, "no hello")
+        with contextlib.suppress(ssl.SSLWantReadError):
+            tls.do_handshake()
+        until(lambda: there() == self.late, "no packet behind the handshake", SOON)
+        tls.settimeout(30 * SLOW)
 
     def gateway(self, tls):
         rule = self.rules[len(self.got)] if len(self.got) < len(self.rules) else lambda got: None
@@ -782,6 +797,25 @@ def new_certificate():
                 gateway.wait(number + 1)
             check([TOPIC in subject for subject in gateway.subjects] == [True, False], gateway.subjects)
             check([len(got) for got in gateway.got] == [1, 2], gateway.got)
+
+
+@case()
+def refused_certificate():
+    """A gateway that does not want our certificate has looked at no push, however often, and whenever it says so."""
+    def row(name, version, late):
+        with tempfile.TemporaryDirectory() as d, Binary(late=late) as gateway:
+            gateway.context.minimum_version = gateway.context.maximum_version = version
+            path = shutil.copy(pki("elsewhere.pem"), os.path.join(d, "pem"))
+            with Xchat(gateway.url, login=("--apns-cert", path)) as s:
+                known = phones(s, 2)
+                tell(s, "secret" * 300)
+                for n in range(3):   # SIGHUP: it is asked at once
+                    until(lambda: len(re.findall("warn.*alert.*trying again", s.log())) > n, "it is not refused", SOON)
+                    if n == 2:
+                        shutil.copy(pki("client.pem"), path)
+                    s.signal(signal.SIGHUP)
+                check(sorted(gateway.wait(2)) == sorted(known), "not all, or not once:", gateway.tokens())
+    at_once([("TLS 1.3", ssl.TLSVersion.TLSv1_3, 3000), ("TLS 1.2", ssl.TLSVersion.TLSv1_2, 0)], row)
 
 
 @case()
