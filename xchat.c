@@ -3154,7 +3154,7 @@ enum {
     PUSH_QUEUE = 20000,               /* pushes that wait; then the oldest goes */
     MISSED_MAX = 50,                  /* messages looked at when a silent phone is given up */
     PUSH_MERGE_MS = 1000,             /* what comes in this time is one push */
-    PUSH_EXPIRE_S = 7 * 86400,        /* Apple keeps it so long for a phone that is off */
+    PUSH_EXPIRE_MS = 7 * 86400000,    /* Apple keeps it so long for a phone that is off */
     PUSH_TRIES = 6,
     PUSH_OUT = 262144,                /* bytes that wait for the socket: no more are added */
     STREAMS_MAX = 1000,               /* unanswered at a time, whatever the peer allows */
@@ -3199,7 +3199,8 @@ struct push {
     struct buf reply;                 /* the body of the answer */
     int64_t due_ms;                   /* when to send it; then, when it was sent */
     bool late;                        /* in push.later */
-    int64_t expires, registered_ms;   /* on the wall clock */
+    int64_t until_ms;                 /* it may wait */
+    int64_t registered_ms;            /* on the wall clock */
     int64_t window;                   /* HTTP/2: what its stream may still carry, less what all may at first */
     uint32_t id, unsent, tries;       /* of its stream, or identifier; bytes of the payload */
     uint32_t badge;                   /* in the payload */
@@ -3319,13 +3320,16 @@ static struct push *push_new(slice token) {
     unsigned char r[16];
     push.all++;
     buf_add(&p->token, token);
-    p->expires = now.wall + PUSH_EXPIRE_S;
+    p->until_ms = now.ms + PUSH_EXPIRE_MS;
     if (RAND_bytes(r, sizeof r) != 1) die("no random bytes");
     r[6] = (r[6] & 0x0f) | 0x40, r[8] = (r[8] & 0x3f) | 0x80;   /* RFC 9562, version 4 */
     for (int i = 0, n = 0; i < 16; i++)
         n += snprintf(p->uuid + n, 4, i == 4 || i == 6 || i == 8 || i == 10 ? "-%02x" : "%02x", r[i]);
     return p;
 }
+
+/* When it expires on the wall clock, which may be set right while it waits. */
+static int64_t push_expires(const struct push *p) { return now.wall + (p->until_ms - now.ms) / 1000; }
 
 static void push_free(struct push *p) {
     push.all--;
@@ -3389,7 +3393,7 @@ static void device_write(const struct device *d, const struct subscription *s, c
         json_add(b, "payload", buf_slice(&p->payload));
         json_add(b, "id", slice_of(p->collapse));
         json_add(b, "uuid", slice_of(p->uuid));
-        buf_printf(b, ",\"expires\":%lld", (long long)p->expires);
+        buf_printf(b, ",\"expires\":%lld", (long long)push_expires(p));
     }
     buf_add(b, S("}\n"));
 }
@@ -3582,7 +3586,8 @@ static void device_read(struct json_field *f) {
         json_text(f[5].raw, &p->payload);
         memcpy(p->collapse, f[6].raw.p + 1, ID_BYTES);
         memcpy(p->uuid, f[7].raw.p + 1, 36);
-        p->expires = slice_number(f[8].raw, 10);
+        int64_t left_ms = (slice_number(f[8].raw, 10) - now.wall) * 1000;
+        if (left_ms < PUSH_EXPIRE_MS) p->until_ms = now.ms + left_ms;
     }
     push_offline(d);
 }
@@ -3634,7 +3639,7 @@ static void push_fill(struct push *p) {
 static void push_tell(struct subscription *s, uint32_t n) {
     s->device->unread += n;
     if (s->waiting == NULL) push_queue(s);
-    s->waiting->expires = now.wall + PUSH_EXPIRE_S;
+    s->waiting->until_ms = now.ms + PUSH_EXPIRE_MS;
     int64_t soon_ms = now.ms + PUSH_SECONDS(10);
     if (s->waiting->tries > 0 && s->waiting->due_ms > soon_ms) s->waiting->due_ms = soon_ms;   /* it is news again */
     s->waiting->tries = 0;
@@ -3994,7 +3999,7 @@ static void binary_packet(struct buf *b, const struct push *p) {
     binary_item(b, 1, (slice){token, sizeof token});
     binary_item(b, 2, payload);
     buf_be(b, 0x030004, 3), buf_be(b, p->id, 4);
-    buf_be(b, 0x040004, 3), buf_be(b, (uint64_t)p->expires, 4);
+    buf_be(b, 0x040004, 3), buf_be(b, (uint64_t)push_expires(p), 4);
     buf_be(b, 0x050001, 3), buf_be(b, 10, 1);   /* now */
 }
 
@@ -4192,7 +4197,7 @@ static void h2_block(struct buf *b, const struct push *p, slice jwt) {
     hpack_field(b, 0, 0, "apns-topic", opt.apns_topic);
     hpack_field(b, 0, 0, "apns-push-type", "alert");
     hpack_field(b, 0, 0, "apns-id", p->uuid);
-    snprintf(text, sizeof text, "%lld", (long long)p->expires);
+    snprintf(text, sizeof text, "%lld", (long long)push_expires(p));
     hpack_field(b, 0, 0, "apns-expiration", text);
     hpack_field(b, 0, 0, "apns-priority", "10");
     if (*p->collapse != '\0') hpack_field(b, 0, 0, "apns-collapse-id", p->collapse);
@@ -4399,7 +4404,7 @@ static void push_pump(void) {
         push_fill(p);
         bool fits = (!push.binary || p->token.len == 64) && p->payload.len <= push_limit();
         if (!fits) log_info("apns: %.8s...: its token has not 32 bytes, or the names are too long", p->token.p);
-        if (!fits || p->expires <= now.wall) {
+        if (!fits || p->until_ms <= now.ms) {
             push_drop(queue_take(p), fits ? EXPIRED : REFUSED);
             continue;
         }

@@ -1379,6 +1379,22 @@ def news_in_an_old_push():
 
 
 @case()
+def clock_set_right():
+    """A router boots in 1970, and learns what time it is while a push waits: that waits on, and Apple may keep it for a week."""
+    with tempfile.TemporaryDirectory() as t, Gateway() as gateway:
+        faults = Faults(t)
+        faults.wall = 100000
+        with Xchat(gateway, quick=True, env=faults.env) as s:
+            b, = phones(s, 1)
+            tell(s, "secret")
+            s.wait_log("warn.*--apns.*certificate is not yet valid", SOON)
+            faults.wall = 0
+            headers = dict(gateway.pushes(b, 1)[0]["headers"])
+            week = int(headers["apns-expiration"]) - time.time()
+            check(abs(week - 7 * 86400) < 60, "Apple may keep it for", week, "s")
+
+
+@case()
 def devices_that_cannot_be_kept():
     """A list that cannot be written is said to be, and is written once it can be; pushes do not wait for that. One that
     cannot be read keeps the server from starting, and damaged lines are left out."""

@@ -2320,7 +2320,7 @@ static struct push *golden_push(void) {
     struct push *p = push_new(S(GOLDEN_TOKEN));
     buf_add(&p->payload, S(GOLDEN_PAYLOAD));
     p->id = 42;
-    p->expires = 1700003600;
+    p->until_ms = now.ms + (1700003600 - (int64_t)now.wall) * 1000;
     return p;
 }
 
@@ -2809,7 +2809,7 @@ static void test_device_read(void) {
         const struct device *d = table_find(&push.devices, S("aaaaaaaa"));
         CHECK((d != NULL ? d->unread : 0) == cases[i].unread, "case %zu: unread", i);
         const struct push *p = push.later.first;
-        if (p != NULL) CHECK(strcmp(p->collapse, "00000001-0000000000000001") == 0 && p->uuid[14] == '4' && p->expires == 5 &&
+        if (p != NULL) CHECK(strcmp(p->collapse, "00000001-0000000000000001") == 0 && p->uuid[14] == '4' && push_expires(p) == 5 &&
                              is_hex(&p->payload, "7b7d"), "case %zu: another push", i);
     }
     for (size_t more = 0; more < 2; more++) {
