@@ -3256,7 +3256,7 @@ static struct {
     uint64_t key_hash;                /* tells it from others */
     struct buf jwt;                   /* the one in use, or empty... */
     int64_t jwt_ms;                   /* ...and when it was made */
-    int cert_days;                    /* left, when we started; -1: there is none */
+    int64_t cert_ms;                  /* when to look at our certificate again */
     bool proved;                      /* a push was accepted: topic and environment are right */
     struct verdict {
         uint32_t token;
@@ -4515,12 +4515,27 @@ static void gate_opened(struct conn *c, const char *why) {
 
 /* ---- In all. ---- */
 
+/* So many days our certificate is still good for; -1: there is none. */
+static int push_days(void) {
+    X509 *cert = push.dial.tls != NULL ? SSL_CTX_get0_certificate(push.dial.tls) : NULL;
+    int days = -1, seconds;
+    if (cert != NULL) ASN1_TIME_diff(&days, &seconds, NULL, X509_get0_notAfter(cert));
+    return days;
+}
+
+/* Says so when it is nearly over, once a day: the server may run for longer than that. */
+static void push_watch(void) {
+    push.cert_ms = now.ms + (int64_t)86400 * 1000;
+    if (opt.apns_cert != NULL && push_days() < 30) log_warn("--apns-cert: it expires in %d days", push_days());
+}
+
 /* `tick` of the loop. */
 static void push_tick(void) {
     if (push.binary && push.devices.n > 0 && now.ms >= push.feedback_ms && !push.feedback.busy) {
         push.feedback_ms = now.ms + (int64_t)86400 * 1000;
         dial(&push.feedback);
     }
+    if (now.ms >= push.cert_ms) push_watch();
     for (struct push *p = push.later.first, *next; p != NULL; p = next) {
         next = p->next;
         if (p->due_ms > now.ms) continue;
@@ -4542,7 +4557,7 @@ static void push_metrics(struct buf *b) {
         int64_t value;
     } gauges[] = {
         {"queued", queued}, {"in_flight", push.all - queued}, {"devices", (int64_t)push.devices.n},
-        {"connected", g->ready}, {"streams_max", g->limit}, {"certificate_days", push.cert_days},
+        {"connected", g->ready}, {"streams_max", g->limit}, {"certificate_days", push_days()},
         {"jwt_age_seconds", push.jwt.len > 0 ? (now.ms - push.jwt_ms) / 1000 : -1},
     };
     for (size_t i = 0; i < sizeof gauges / sizeof *gauges; i++)
@@ -4613,11 +4628,7 @@ static bool push_load(void) {
     SSL_CTX_free(why != NULL ? tls : push.dial.tls);
     if (why != NULL) return false;
     push.dial.tls = push.feedback.tls = tls;
-    X509 *cert = SSL_CTX_get0_certificate(tls);
-    int seconds;
-    push.cert_days = -1;
-    if (cert == NULL || ASN1_TIME_diff(&push.cert_days, &seconds, NULL, X509_get0_notAfter(cert)) != 1) return true;
-    if (push.cert_days < 30) log_warn("--apns-cert: it expires in %d days", push.cert_days);
+    push_watch();
     return true;
 }
 

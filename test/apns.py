@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 
-from harness import (CERTIFICATE, DEADLINE, SLOW, WRAP, Http, Server, Skip, Ws, case, check, close_frame, command,
+from harness import (CERTIFICATE, DEADLINE, SLOW, WRAP, Faults, Http, Server, Skip, Ws, case, check, close_frame, command,
                      environment, explain, instrumented, main, new_keys, openssl, run, until)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -761,6 +761,19 @@ def client_certificates():
             check(PHRASE not in take(f"/proc/{s.pid}/cmdline"), "the command line has the passphrase")
             check(80 < s.metric("certificate_days") < 100, s.metric("certificate_days"))
     at_once(LOGINS, row)
+
+
+@case()
+def old_certificate():
+    """One that is good for 99 days, in a server that has run for 80: the days that are left are counted, and told each day."""
+    with tempfile.TemporaryDirectory() as d:
+        faults = Faults(d)
+        with Xchat("binary://localhost:1", env=faults.env) as s:
+            check(90 < s.metric("certificate_days") < 100, s.metric("certificate_days"))
+            faults.wall = int(time.time()) + 80 * 86400
+            check(10 < s.metric("certificate_days") < 20, s.metric("certificate_days"))
+            faults.later = 86400
+            s.wait_log("warn.*--apns-cert: it expires in 1. days", SOON)
 
 
 @case()
