@@ -3255,7 +3255,7 @@ static struct {
     EVP_PKEY *key;                    /* for tokens that prove who we are (JWT, RFC 7519) */
     uint64_t key_hash;                /* tells it from others */
     struct buf jwt;                   /* the one in use, or empty... */
-    int64_t jwt_ms;                   /* ...and when it was made */
+    int64_t jwt_ms, jwt_iat;          /* ...and when it was made, also on the wall clock */
     int64_t cert_ms;                  /* when to look at our certificate again */
     bool proved;                      /* a push was accepted: topic and environment are right */
     struct verdict {
@@ -3784,28 +3784,34 @@ static void jwt_make(struct buf *jwt, int64_t iat) {
     base64url(jwt, (slice){(char *)bare, sizeof bare});
 }
 
-/* The token. It is kept over restarts. */
+/* Takes up the one that is kept, unless we had that before. */
+static void jwt_read(struct json_field *f) {
+    int64_t iat = slice_number(f[2].raw, 10), age_ms = wall_ms() - iat * 1000;
+    char key[17];
+    snprintf(key, sizeof key, "%016llx", (unsigned long long)push.key_hash);
+    bool ours = json_is(f[0].raw, opt.apns_key_id) && json_is(f[1].raw, opt.apns_team_id) && json_is(f[4].raw, key);
+    if (!ours || age_ms < 0 || age_ms >= JWT_MS || iat == push.jwt_iat || !json_text(f[3].raw, &push.jwt)) return;
+    push.jwt_ms = now.ms - age_ms;
+    push.jwt_iat = iat;
+}
+
+/* The token. It is kept over restarts, and shared with a --push-test. */
 static slice jwt_get(void) {
-    if (push.jwt.len > 0 && now.ms - push.jwt_ms < JWT_MS) return buf_slice(&push.jwt);
+    struct json_field f[] = {{"key_id", S("")}, {"team_id", S("")}, {"iat", S("")}, {"jwt", S("")}, {"key", S("")}};
     struct buf json = {0};
+    if (push.jwt.len > 0 && now.ms - push.jwt_ms < JWT_MS) return buf_slice(&push.jwt);
     buf_clear(&push.jwt);
+    if (opt.data != NULL) data_lines("apns-jwt", jwt_read, f, 5);
+    if (push.jwt.len > 0) return buf_slice(&push.jwt);
     jwt_make(&push.jwt, now.wall);
     push.jwt_ms = now.ms;
+    push.jwt_iat = now.wall;
     buf_printf(&json, "{\"key_id\":\"%s\",\"team_id\":\"%s\",\"iat\":%lld,\"jwt\":\"%.*s\",\"key\":\"%016llx\"}",
                opt.apns_key_id, opt.apns_team_id, (long long)now.wall, F(buf_slice(&push.jwt)),
                (unsigned long long)push.key_hash);
     if (opt.data != NULL) data_write("apns-jwt", buf_slice(&json));
     buf_free(&json);
     return buf_slice(&push.jwt);
-}
-
-/* Takes up the one that is kept. */
-static void jwt_read(struct json_field *f) {
-    int64_t age_ms = wall_ms() - slice_number(f[2].raw, 10) * 1000;
-    char key[17];
-    snprintf(key, sizeof key, "%016llx", (unsigned long long)push.key_hash);
-    bool ours = json_is(f[0].raw, opt.apns_key_id) && json_is(f[1].raw, opt.apns_team_id) && json_is(f[4].raw, key);
-    if (ours && age_ms >= 0 && age_ms < JWT_MS && json_text(f[3].raw, &push.jwt)) push.jwt_ms = now.ms - age_ms;
 }
 
 /* ---- What becomes of a push. ---- */
@@ -4683,10 +4689,7 @@ static bool push_init(void) {
 
 /* Reads what the data directory knows of phones. False, after a line in the log: it cannot. */
 static bool push_restore(void) {
-    if (opt.apns == NULL) return true;
-    if (opt.data != NULL && push.key != NULL) data_lines("apns-jwt", jwt_read, (struct json_field[]){
-        {.name = "key_id"}, {.name = "team_id"}, {.name = "iat"}, {.name = "jwt"}, {.name = "key"}}, 5);
-    if (opt.data == NULL || opt.push_test != NULL) return true;
+    if (opt.apns == NULL || opt.data == NULL || opt.push_test != NULL) return true;
     return data_lines("devices", device_read, (struct json_field[]){
         {.name = "token"}, {.name = "at"}, {.name = "unread"}, {.name = "uid"}, {.name = "room"}, {.name = "payload"},
         {.name = "id"}, {.name = "uuid"}, {.name = "expires"}}, 9);

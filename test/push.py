@@ -1481,6 +1481,21 @@ def push_test_answers():
 
 
 @case()
+def push_test_beside_a_server():
+    """Who tries --push-test while a server runs that has sent nothing yet makes no second JWT necessary."""
+    with directory() as d, Gateway() as gateway:
+        gateway.tell("rules", update_every=1200)
+        with Xchat(gateway, "--data", d) as s:
+            b, = phones(s, 1)
+            status, out, err = push_test(gateway.port, "--data", d)
+            check(status == 0, status, out, err)
+            tell(s, "secret")
+            gateway.pushes(b, 1)
+            s.settle()
+            check(s.answered(200) == 1 and not s.alarm(), s.log())
+
+
+@case()
 def push_test_failures():
     """A gateway that is not there, or whom we do not trust; a bad token; no --apns."""
     status, out, err = push_test(closed_port())

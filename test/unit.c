@@ -2839,12 +2839,16 @@ static void test_jwt_read(void) {
     for (size_t i = 0; i < COUNT(cases); i++) {
         char line[200];
         buf_free(&push.jwt);
+        push.jwt_iat = 0;
         snprintf(line, sizeof line, "{'key_id':'%s','team_id':'%s','key':'%s','jwt':%s,'iat':%lld}", cases[i].id, cases[i].team,
                  cases[i].key, cases[i].jwt, (long long)(wall_ms() / 1000 - cases[i].age_s));
         line_read(line, jwt_read, f, COUNT(f));
         CHECK((push.jwt.len > 0) == cases[i].good, "case %zu", i);
         int64_t age_ms = now.ms - push.jwt_ms - cases[i].age_s * 1000;
         if (cases[i].good) CHECK(age_ms >= 0 && age_ms < 5000, "case %zu: its age is off by %lld ms", i, (long long)age_ms);
+        buf_free(&push.jwt);   /* a gateway did not want it any more */
+        line_read(line, jwt_read, f, COUNT(f));
+        CHECK(push.jwt.len == 0, "case %zu: taken up again", i);
     }
     buf_free(&push.jwt);
     push.key_hash = 0;
