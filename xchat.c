@@ -2720,6 +2720,7 @@ static bool data_write(const char *name, slice text) {
     char fresh[64];
     snprintf(fresh, sizeof fresh, "%s.new", name);
     int fd = openat(histories.dir_fd, fresh, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    if (fd >= 0) errno = ENOSPC;   /* write() sets none if a part fits */
     bool ok = fd >= 0 && write(fd, text.p, text.len) == (ssize_t)text.len && fsync(fd) == 0 &&
               renameat(histories.dir_fd, fresh, histories.dir_fd, name) == 0;
     if (!ok) log_warn("--data: %s cannot be written: %s", name, strerror(errno));

@@ -1435,7 +1435,10 @@ def device_behind_half_a_line():
             faults.none()
             b, = phones(s, 1)
             s.crash()
-        with Xchat(gateway, "--data", d) as s:
+        faults.set(room=20, write_errno=errno.EIO)   # a part of the new list fits
+        with Xchat(gateway, "--data", d, env=faults.env) as s:
+            s.wait_log("devices cannot be written: No space left on device")
+            faults.none()
             tell(s, "secret")
             gateway.pushes(b, 1)
 
