@@ -3223,9 +3223,9 @@ struct gate {
     uint32_t next_id, limit, owed;    /* streams at a time; bytes to allow the peer again */
     uint32_t block_of;                /* the stream whose header block is not complete, or 0 */
     struct buf block;                 /* what came of it */
-    int64_t born_ms, heard_ms;        /* when connecting began; when it last sent something */
+    int64_t born_ms, heard_ms;        /* when connecting began; when it last sent something... */
+    int64_t answered_ms;              /* ...and an answer; or 0 */
     uint32_t timeouts, errors, refused;   /* in a row */
-    bool answered;                    /* at least once */
     int error;                        /* what it has done wrong, to be told */
     bool ready, resize, block_ends, orderly;   /* SETTINGS came; table size 0 is to be said;
                                                   that block is the end; it ends as it should */
@@ -3957,7 +3957,7 @@ static void push_answered(struct conn *c, struct push *p, int status, slice reas
     list_remove(&g->sent, p);
     if (fate != DONE || status < 200) log_info("apns: %.8s...: %d %.*s: %s", p->token.p, status, F(reason), a->words);
     if (opt.push_test != NULL) printf("%d %.*s: %s\n", status, F(reason), a->words), exit(fate != DONE);
-    g->answered = true;
+    g->answered_ms = now.ms;
     g->refused = 0;
     g->errors = status == 500 ? g->errors + 1 : 0;
     if (fate == ONCE_MORE) fate = p->tries == 0 ? LATER : DROP;
@@ -4268,7 +4268,7 @@ static int h2_goaway(struct conn *c, slice s) {
     log_info("apns: goodbye from the gateway, code %u %.*s", be32(s.p + 4), F(debug));
     while (last != NULL && last->id > (be32(s.p) & INT32_MAX)) last = last->prev;
     push_rewind(&g->sent, last);
-    bool unwanted = be32(s.p + 4) != 0 || !g->answered;
+    bool unwanted = be32(s.p + 4) != 0 || g->answered_ms == 0;
     if (unwanted && g->drain_ms == 0) gate_failed("it does not want us", false);
     gate_drain(c);
     return 0;
@@ -4360,11 +4360,11 @@ static ssize_t h2_feed(struct conn *c, char *p, size_t n) {
     return -1;
 }
 
-/* Who does not answer: a push, or nothing at all. */
+/* Who does not answer: a push, or nothing at all. While answers come more may be there: we may have stood still. */
 static void h2_tick(struct conn *c) {
     struct gate *g = c->state;
     int64_t quiet = now.ms - g->heard_ms;
-    for (struct push *p = g->sent.first, *next; p != NULL; p = next) {
+    for (struct push *p = g->answered_ms < now.ms ? g->sent.first : NULL, *next; p != NULL; p = next) {
         next = p->next;
         if (now.ms - p->due_ms < PUSH_SECONDS(30)) continue;
         h2_number(c, H2_RST, p->id, H2_CANCEL);

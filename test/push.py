@@ -1268,6 +1268,23 @@ def no_answer(gateway, s, name, rules):
     check(len(gateway.pushes()) == 5 and s.metric("retried_total") == 2, s.metrics())
 
 
+@pushing(proven=True)
+def answered_while_we_stood_still(gateway, s):
+    """The machine stops for longer than an answer may take; the answers are there when it goes on: none is asked for again."""
+    gateway.tell("rules", answer={"status": 200, "hold": True})
+    known = phones(s, 20)
+    tell(s, "secret")
+    for device in known:
+        gateway.pushes(device, 1)
+    s.signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    gateway.tell("release")
+    until(lambda: time.monotonic() > begin + 2 * SLOW, "")   # a quick one gives up after a second and a half
+    s.signal(signal.SIGCONT)
+    s.settle()
+    check(s.answered(200) == 21 and len(gateway.pushes()) == 21, s.metrics())
+
+
 # ---------------------------------------------------------------------------
 # What is kept
 # ---------------------------------------------------------------------------
