@@ -7510,6 +7510,17 @@ static const char *take_bind(const char *value) {
     return NULL;
 }
 
+/* A browser says "https://example.org" and no more: what has a path would never be met. */
+static const char *take_origin(const char *value) {
+    for (slice rest = slice_of(value); rest.len > 0;) {
+        slice one = slice_trim(slice_split(&rest, ',')), host = one;
+        slice_split(&host, ':');
+        bool named = slice_starts(host, S("//")) && host.len > 2 && memchr(host.p + 2, '/', host.len - 2) == NULL;
+        if (!named && !slice_eq(one, S("*")) && !slice_eq(one, S("null"))) return "it takes https://HOST,... or *";
+    }
+    return NULL;
+}
+
 static struct option {
     const char *name, *arg;                   /* arg: what stands behind it; NULL: nothing */
     char letter;
@@ -7552,7 +7563,7 @@ static struct option {
     {"join", "ADDR", 0, NULL, 0, 0, 0, NULL, &opt.join, "tell this register of us: HOST:PORT"},
     {"gateway-key-file", "FILE", 0, NULL, 0, 0, 0, NULL, &opt.gateway_key_file, "secret key of these three"},
     {"trust-proxy", "CIDR", 0, NULL, 0, 0, 0, http_trust, NULL, "proxy whose X-Forwarded-For counts; repeatable"},
-    {"origin", "LIST", 0, NULL, 0, 0, 0, NULL, &opt.origin, "whose pages may connect too: https://HOST,... or *"},
+    {"origin", "LIST", 0, NULL, 0, 0, 0, take_origin, &opt.origin, "whose pages may come too: https://HOST,... or *"},
     {"jwt-secret-file", "FILE", 0, NULL, 0, 0, 0, pass_file, NULL, "logins need HS256 tokens; two while it changes"},
     {"make-token", "USER", 0, NULL, 0, 0, 0, NULL, &opt.make_token, "print one for USER[,NAME[,ROOM...]], and end"},
     {"ping", "SECONDS", 0, &opt.ping_s, 1, 86400, 25, NULL, NULL, "silence before a ping; three and it is gone"},
