@@ -1309,6 +1309,7 @@ static void conn_flush(struct conn *c) {
         }
         if (private) buf_drop(&c->out, written);
         else c->proto->sent(c, written);
+        c->owes = c->owes && c->out.len > 0;
     }
 }
 
@@ -1553,7 +1554,7 @@ static void conn_settle(struct conn *c) {
         /* Who asks for a lot and reads fast has one turn in a round; what a WebSocket asks is short. */
         if (conn_paused(c) && c->proto->message == NULL) c->blocked = true;
     }
-    if (c->out.len == 0) buf_free(&c->out), c->owes = false;
+    if (c->out.len == 0) buf_free(&c->out);
     if (c->out.len == 0 && c->swept && !c->lost && !c->fin_sent) {
         if (c->ssl != NULL) SSL_shutdown(c->ssl);
         shutdown(c->fd, SHUT_WR);
@@ -6374,6 +6375,7 @@ static void gateway_leave(struct client *cl, struct member *m, bool all) {
 
 /* Shows a client out, behind all that it was sent; of that only what it does not take now is copied. */
 static void gateway_kick(struct client *cl) {
+    for (struct member *m = cl->c->joined; m != NULL; m = m->also) room_commit(m->room);
     conn_flush(cl->c);
     client_settle(cl);
     ws_close(cl->c, WS_KICKED, "kicked by the back end");

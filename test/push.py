@@ -31,7 +31,7 @@ import time
 
 from harness import (CERTIFICATE, DEADLINE, ROOT, SLOW, TEXT, UPGRADE, WRAP, Faults, Http, Server, Skip, Ws, case, check,
                      close_frame, each_row, environment, explain, frame, get, main, run, until)
-from inner import BIND_UID, JOIN_GROUP, LEAVE_GROUP, SEND_TO_GROUP, SEND_TO_ONE, UNBIND_UID, UNGROUP, Inner
+from inner import BIND_UID, JOIN_GROUP, KICK, LEAVE_GROUP, SEND_TO_GROUP, SEND_TO_ONE, UNBIND_UID, UNGROUP, Inner
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KEY = os.path.join(HERE, "apns.p8")
@@ -579,6 +579,27 @@ def told_at_the_same_time(gateway, s):
     s.signal(signal.SIGCONT)
     push, = gateway.pushes(b, 1)
     check(text_and_badge(push) == ("secret", 1), push["body"])
+
+
+@pushing("--gateway", "127.0.0.1:0", rows=[("with a message", {}, 1), ("in silence", {}, 0)])
+def shown_out_at_the_same_time(gateway, s, _, flag):
+    """In that round a back end shows the phone out, behind what was said: it is sent that, and so only what is said later is
+    pushed."""
+    b, ann, bob, inner = token(), Ws(s), Ws(s), Inner(s).fence()
+    ann.login("Ann", "room")
+    bob.login("Bob", "room", device_token=b)
+    ann.fence()   # so that she is heard first
+    s.signal(signal.SIGSTOP)
+    ann.say("secret")
+    inner.tell(KICK, bob, body='{"type":"bye"}' if flag else "N;", flag=flag)
+    s.signal(signal.SIGCONT)
+    bob.expect("say", content="secret")
+    if flag:
+        bob.expect("bye")
+    bob.expect_close(4001)
+    ann.say("secret too")
+    push, = gateway.pushes(b, 1)
+    check(text_and_badge(push) == ("secret too", 1), push["body"])
 
 
 @pushing("--gateway", "127.0.0.1:0")
