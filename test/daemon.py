@@ -168,6 +168,13 @@ def becomes_a_user():
         refused(1, "--data.*ermission", "--user", "nobody", "--data", data, env=NO_LEAKS)
 
 
+def copied(program, place):
+    """A copy to be run. Another process writes it: of ours, what another case starts would have the file open for
+    writing until it runs, and such a program is busy."""
+    subprocess.run(["cp", program, place], check=True)
+    return os.path.join(place, os.path.basename(program)) if os.path.isdir(place) else place
+
+
 @case()
 def not_root_cannot():
     """Who is not root cannot use --user, and hears so."""
@@ -175,7 +182,7 @@ def not_root_cannot():
     if WRAP or not shutil.which("setpriv"):
         raise Skip("needs setpriv, and no valgrind or emulator around it")
     with place() as directory:
-        program = shutil.copy(command()[-1], directory)
+        program = copied(command()[-1], directory)
         done = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
                                program, "--user", "nobody"], env=environment(NO_LEAKS),
                               capture_output=True, text=True, timeout=10 * SLOW)
@@ -389,7 +396,7 @@ def installs_over_a_running_one():
     with place() as directory:
         shutil.copy(os.path.join(ROOT, "Makefile"), directory)
         open(os.path.join(directory, "xchat.c"), "w").close()
-        shutil.copy(shutil.which("sleep"), os.path.join(directory, "xchat"))    # any program will do
+        copied(shutil.which("sleep"), os.path.join(directory, "xchat"))    # any program will do
         install = ["make", "-C", directory, "install", "DESTDIR=" + directory, "PREFIX=/usr"]
         subprocess.run(install, check=True, capture_output=True)
         running = subprocess.Popen([os.path.join(directory, "usr/bin/xchat"), "600"])
