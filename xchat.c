@@ -861,7 +861,7 @@ static void table_remove(struct table *t, slice key) {
  * Input is read into one buffer that all share, and only an incomplete tail is kept
  * with the connection: an idle one owns no buffer. A peer that does not read our
  * answers is not read from either, so what it makes us say is bounded by OUT_HIGH and
- * one answer.
+ * one answer; a worker is (chapter 10), and has a bound of its own.
  *
  * Ending is marking. conn_close() says: send the rest, then end. conn_lost() says:
  * nothing can be sent any more. At the end of the round the protocol's `closed` runs,
