@@ -549,12 +549,20 @@ def said_at_the_same_time(gateway, s, name):
     check(text_and_badge(push) == (f"secret {3 if name == 'behind' else 2}", 2), push["body"])
 
 
+def phone_and_back_end(s):
+    """The token of a phone; Ann, and Bob, whose it is, in a room; and a back end that was heard. In one round Ann comes
+    before Bob, and he before the back end."""
+    b, ann, bob, inner = token(), Ws(s), Ws(s), Inner(s).fence()
+    ann.login("Ann", "room")
+    bob.login("Bob", "room", device_token=b)
+    ann.fence()
+    return b, ann, bob, inner
+
+
 @pushing("--gateway", "127.0.0.1:0")
 def ordered_at_the_same_time(gateway, s):
     """In that round a back end sends something to some of the room: what the phone was not sent is pushed all the same."""
-    b, ann, bob, inner = token(), Ws(s), Ws(s), Inner(s)
-    ann.login("Ann", "room")
-    bob.login("Bob", "room", device_token=b)
+    b, ann, bob, inner = phone_and_back_end(s)
     s.signal(signal.SIGSTOP)
     ann.say("secret")
     bob.send(close_frame(1000))
@@ -568,10 +576,7 @@ def ordered_at_the_same_time(gateway, s):
 def told_at_the_same_time(gateway, s):
     """In that round a back end tells the phone something, so that all that is for it stands in one queue: what was said
     is pushed all the same."""
-    b, ann, bob, inner = token(), Ws(s), Ws(s), Inner(s).fence()
-    ann.login("Ann", "room")
-    bob.login("Bob", "room", device_token=b)
-    ann.fence()   # so that she is heard first
+    b, ann, bob, inner = phone_and_back_end(s)
     s.signal(signal.SIGSTOP)
     ann.say("secret")
     inner.tell(SEND_TO_ONE, bob, body="{}")
@@ -585,10 +590,7 @@ def told_at_the_same_time(gateway, s):
 def shown_out_at_the_same_time(gateway, s, _, flag):
     """In that round a back end shows the phone out, behind what was said: it is sent that, and so only what is said later is
     pushed."""
-    b, ann, bob, inner = token(), Ws(s), Ws(s), Inner(s).fence()
-    ann.login("Ann", "room")
-    bob.login("Bob", "room", device_token=b)
-    ann.fence()   # so that she is heard first
+    b, ann, bob, inner = phone_and_back_end(s)
     s.signal(signal.SIGSTOP)
     ann.say("secret")
     inner.tell(KICK, bob, body='{"type":"bye"}' if flag else "N;", flag=flag)
@@ -605,9 +607,7 @@ def shown_out_at_the_same_time(gateway, s, _, flag):
 @pushing("--gateway", "127.0.0.1:0")
 def room_ended_at_the_same_time(gateway, s):
     """In that round a back end ends the room: what was said before that, and was not sent to the phone, is pushed."""
-    b, ann, bob, inner = token(), Ws(s), Ws(s), Inner(s)
-    ann.login("Ann", "room")
-    bob.login("Bob", "room", device_token=b)
+    b, ann, bob, inner = phone_and_back_end(s)
     s.signal(signal.SIGSTOP)
     bob.send(close_frame(1000))
     ann.say("secret")
